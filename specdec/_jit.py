@@ -1,0 +1,63 @@
+"""numba where it is installed, plain Python where it is not: the same functions, only slower.
+
+`njit` compiles on first use and keeps the machine code on disk, so that only the very first process ever pays for it. A
+read-only install keeps the code in the user's cache folder; a machine where no folder can be written compiles in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["HAVE_NUMBA", "njit"]
+
+
+def _cache_folder() -> Path:
+    """Folder that numba may write to: $NUMBA_CACHE_DIR, else the user's cache."""
+    base = os.environ.get("SPECDEC_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "specdec"
+    )
+    return Path(base) / "numba"
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+try:
+    if os.environ.get("SPECDEC_NO_NUMBA") == "1":
+        raise ImportError("SPECDEC_NO_NUMBA=1")
+    import numba
+
+    HAVE_NUMBA = True
+except ImportError as error:  # pragma: no cover - exercised by a subprocess test
+    HAVE_NUMBA = False
+    warnings.warn(
+        f"specdec: numba is not available ({error}); drafting runs in plain Python and is many times slower. "
+        "Fix: pip install numba",
+        stacklevel=2,
+    )
+
+if HAVE_NUMBA:
+    if "NUMBA_CACHE_DIR" not in os.environ and _writable(_cache_folder()):
+        numba.config.CACHE_DIR = str(_cache_folder())
+        _CACHE = True
+    else:
+        _CACHE = "NUMBA_CACHE_DIR" in os.environ and _writable(Path(os.environ["NUMBA_CACHE_DIR"]))
+
+    def njit(function: Callable[..., Any]) -> Callable[..., Any]:
+        """numba.njit with an on-disk cache, without the GIL, without fast-math."""
+        return numba.njit(cache=_CACHE, nogil=True)(function)
+
+else:
+
+    def njit(function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function itself: numba is missing."""
+        return function

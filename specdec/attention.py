@@ -1,0 +1,215 @@
+"""tree_attention(): the nodes of each row's draft tree attend to the row's prefix and to their own ancestors.
+
+One signature, two implementations: `torch.ops.specdec.tree_attention` where a compiled op is registered, and the PyTorch
+reference below, which is the oracle of its tests. Query node i of row b sees cache slots 0..P-1 and the slots P+j of its
+ancestors j (itself included). Worked example, P = 2 and the tree of draft_tree.py::
+
+    slot      0  1 | 2 (the) 3 (cat) 4 (dog) 5 (sat)
+    node sat  x  x | x       x       .       x
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from specdec.draft_tree import DraftTree
+
+__all__ = ["TreeBatch", "pack_mask", "tree_attention", "tree_attention_reference", "unpack_mask"]
+
+_BITS = 32
+
+
+def pack_mask(mask: np.ndarray) -> np.ndarray:
+    """[..., N, N] bool -> [..., N, ceil(N/32)] int32; bit j & 31 of word j >> 5 is column j (bit 31 is the sign bit)."""
+    count = mask.shape[-1]
+    words = -(-count // _BITS)
+    padded = np.zeros((*mask.shape[:-1], words * _BITS), np.uint8)
+    padded[..., :count] = mask
+    packed = np.packbits(padded, axis=-1, bitorder="little")
+    return np.ascontiguousarray(packed).view("<i4")
+
+
+def unpack_mask(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """Inverse of pack_mask: [..., N, W] int32 -> [..., N, count] bool."""
+    columns = torch.arange(count, device=packed.device)
+    words = packed.long()[..., columns >> 5]
+    return ((words >> (columns & 31)) & 1).bool()
+
+
+@dataclass(slots=True, eq=False)
+class TreeBatch:
+    """What one forward attends to: B rows, each with P committed slots and n new nodes (a tree, or a causal chunk)."""
+
+    prefix_lengths: list[int]  # [B] P of each row
+    trees: list[DraftTree] | None  # [B]; None: the new nodes are one causal chain a row (prefill)
+    counts: list[int]  # [B] n of each row
+    device: torch.device
+    _bias: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor | None] = field(default_factory=dict)
+    _packed: tuple[torch.Tensor, ...] | None = None
+
+    def visible(self, row: int, window: int) -> np.ndarray:
+        """[n, P+n] bool: which cache slots each new node of the row sees."""
+        prefix, count = self.prefix_lengths[row], self.counts[row]
+        mask = np.ones((count, prefix + count), np.bool_)
+        if self.trees is None:
+            depths = np.arange(count, dtype=np.int32)
+            mask[:, prefix:] = np.tri(count, dtype=np.bool_)
+        else:
+            depths = self.trees[row].depths
+            mask[:, prefix:] = self.trees[row].ancestor_mask()
+        if window > 0:
+            slots = np.concatenate([np.arange(prefix, dtype=np.int32), prefix + depths])
+            mask &= (prefix + depths)[:, None] - slots[None, :] < window
+        return mask
+
+    def bias(self, row: int, window: int, dtype: torch.dtype, groups: int, device: torch.device) -> torch.Tensor | None:
+        """[groups*n, P+n] additive mask of the row, cached for all layers; None where every slot is visible."""
+        key = (row, window, dtype, device)
+        if key not in self._bias:
+            prefix, count = self.prefix_lengths[row], self.counts[row]
+            if count == 1 and (window <= 0 or prefix < window):
+                self._bias[key] = None
+            else:
+                visible = torch.from_numpy(self.visible(row, window))
+                bias = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+                self._bias[key] = bias.repeat(groups, 1).to(device)
+        return self._bias[key]
+
+    def packed(self) -> tuple[torch.Tensor, ...]:
+        """prefix_lengths [B], node_counts [B], ancestor_mask [B, N, W] and depths [B, N], all int32, for the compiled op."""
+        if self._packed is None:
+            assert self.trees is not None, "a causal chunk has no packed mask"
+            most = max(self.counts)
+            masks = np.zeros((len(self.counts), most, most), np.bool_)
+            depths = np.zeros((len(self.counts), most), np.int32)
+            for row, tree in enumerate(self.trees):
+                masks[row, : len(tree), : len(tree)] = tree.ancestor_mask()
+                depths[row, : len(tree)] = tree.depths
+            arrays = (np.array(self.prefix_lengths, np.int32), np.array(self.counts, np.int32), pack_mask(masks), depths)
+            self._packed = tuple(torch.from_numpy(array).to(self.device) for array in arrays)
+        return self._packed
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float
+) -> torch.Tensor:
+    """query [1, H, M, D], key and value [1, H, T, D], bias [M, T] -> [1, H, M, Dv]."""
+    if softcap <= 0:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    return torch.matmul(torch.softmax(scores.float() if scores.dtype != torch.float64 else scores, -1).to(value.dtype), value)
+
+
+def attend_row(
+    batch: TreeBatch, row: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float, window: int
+) -> torch.Tensor:
+    """One row: query [Hq, n, D], key and value [Hkv, P+n, D] -> [n, Hq, Dv].
+
+    The query heads that share a KV head are stacked as rows of one matmul, so K and V are neither expanded nor copied.
+    """
+    heads, count, dim = query.shape
+    kv_heads = key.shape[0]
+    groups = heads // kv_heads
+    prefix = batch.prefix_lengths[row]
+    if batch.trees is None and prefix == 0 and softcap <= 0 and (window <= 0 or count <= window):
+        out = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=count > 1, scale=scale, enable_gqa=groups > 1)
+        return out[0].transpose(0, 1)
+    bias = batch.bias(row, window, query.dtype, groups, query.device)
+    stacked = query.reshape(1, kv_heads, groups * count, dim)
+    out = _attend(stacked, key[None], value[None], bias, scale, softcap)
+    return out.reshape(heads, count, -1).transpose(0, 1)
+
+
+def attend(
+    batch: TreeBatch, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float = 0.0, window: int = 0
+) -> torch.Tensor:
+    """All rows of a batch: query [B, Hq, N, D], key and value [B, Hkv, T, D] -> [B, N, Hq, Dv]; rows past n are zero.
+
+    Row by row, so that a row's result depends neither on its neighbours nor on their lengths.
+    """
+    rows = range(query.shape[0])
+    if len(rows) == 1:
+        end = batch.prefix_lengths[0] + batch.counts[0]
+        return attend_row(batch, 0, query[0], key[0, :, :end], value[0, :, :end], scale, softcap, window)[None]
+    out = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], value.shape[-1]))
+    for row in rows:
+        count = batch.counts[row]
+        end = batch.prefix_lengths[row] + count
+        out[row, :count] = attend_row(batch, row, query[row, :, :count], key[row, :, :end], value[row, :, :end], scale, softcap, window)
+    return out
+
+
+def tree_attention_reference(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    prefix_lengths: torch.Tensor,
+    node_counts: torch.Tensor,
+    ancestor_mask: torch.Tensor,
+    depths: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PyTorch reference of `torch.ops.specdec.tree_attention` (kernel.md, section 1): output and log-sum-exp.
+
+    Args:
+        query: [B, Hq, N, D] rotated queries of the tree nodes.
+        key_cache, value_cache: [B, Hkv, T, D]; slots 0..P-1 hold the prefix, P..P+n-1 the tree nodes; later slots are not read.
+        prefix_lengths, node_counts: [B] int32, P and n of each row.
+        ancestor_mask: [B, N, ceil(N/32)] int32, bit-packed; node j is visible to node i.
+        depths: [B, N] int32; position of node i is P + depth (used by the window only).
+        scale, softcap (0: off), window (0: off; a key is visible iff its distance is below it).
+
+    Returns:
+        output [B, N, Hq, D] (rows past n are zero) and log-sum-exp [B, N, Hq] fp32 (-inf past n).
+
+    Raises:
+        ValueError: shapes that do not fit; the message names the argument.
+    """
+    rows, heads, nodes, _ = query.shape
+    kv_heads = key_cache.shape[1]
+    if heads % kv_heads:
+        raise ValueError(f"query has {heads} heads, which is not a multiple of key_cache's {kv_heads}")
+    if ancestor_mask.shape != (rows, nodes, -(-nodes // _BITS)):
+        raise ValueError(f"ancestor_mask must be [{rows}, {nodes}, {-(-nodes // _BITS)}], got {list(ancestor_mask.shape)}")
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    output = query.new_zeros((rows, nodes, heads, value_cache.shape[-1]))
+    lse = torch.full((rows, nodes, heads), float("-inf"), dtype=torch.float32, device=query.device)
+    for row in range(rows):
+        prefix, count = int(prefix_lengths[row]), int(node_counts[row])
+        if count == 0:
+            continue
+        positions = prefix + depths[row, :count]
+        visible = torch.ones((count, prefix + count), dtype=torch.bool, device=query.device)
+        visible[:, prefix:] = unpack_mask(ancestor_mask[row, :count], count)
+        if window > 0:
+            slots = torch.cat([torch.arange(prefix, device=query.device), positions])
+            visible &= positions[:, None] - slots[None, :] < window
+        keys = key_cache[row, :, : prefix + count].to(wide).repeat_interleave(heads // kv_heads, 0)
+        values = value_cache[row, :, : prefix + count].to(wide).repeat_interleave(heads // kv_heads, 0)
+        scores = query[row, :, :count].to(wide) @ keys.transpose(-1, -2) * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        output[row, :count] = (torch.softmax(scores, -1) @ values).transpose(0, 1).to(query.dtype)
+        lse[row, :count] = torch.logsumexp(scores, -1).T.float()
+    return output, lse
+
+
+def compiled_op() -> object | None:
+    """torch.ops.specdec.tree_attention, or None where no compiled op is registered."""
+    return getattr(torch.ops.specdec, "tree_attention", None)
+
+
+def tree_attention(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """The compiled op where there is one, else the reference; arguments as tree_attention_reference."""
+    op = compiled_op()
+    return (op or tree_attention_reference)(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,523 @@
+"""Engine: the one loop. draft -> verify (one forward) -> accept -> commit -> learn.
+
+Worked example, greedy, root "the", tree {the: {cat: {sat}, dog}}: the forward gives the model's next token after each node; it
+says "cat" after the root, "sat" after "cat" and "on" after "sat": the step keeps the K/V of the, cat, sat and emits cat, sat, on
+(the bonus token), which is the next root.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec.draft_tree import DraftTree, TopK, Verdict
+from specdec.kv_cache import KVCache
+from specdec.methods import make_builder
+from specdec.pacing import Pacer
+from specdec.randomness import Randomness, draw_seed
+from specdec.sampling import Law, build_processor
+from specdec.sequence import SamplingParams, Sequence
+from specdec.target import TargetModel, top_k
+from specdec.text import Detokenizer, cut_at_stop, stop_string_check
+from specdec.verify.match import match
+
+__all__ = ["Engine", "Result"]
+
+Prompt = "str | list[int] | list[dict[str, str]] | torch.Tensor"
+PHASES = ("prefill", "draft", "forward", "accept", "commit", "learn")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One finished request.
+
+    Attributes:
+        token_ids: the new tokens (an ending EOS or stop token included).
+        text: their text, special tokens skipped, cut before the first stop string ("" without a tokenizer).
+        finish_reason: "eos", "stop" (stop token, stop string, stopping criterion) or "length".
+        prompt_tokens: tokens of the prompt.
+        steps: verification forwards.
+        accept_lengths: tokens emitted by each step (accepted drafts + 1).
+        logprobs: log-probability of each token under the processed law, if asked for.
+        times: seconds by phase; a batch's phases are shared equally among its rows.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    steps: int
+    accept_lengths: list[int]
+    logprobs: list[float] | None
+    times: dict[str, float]
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean accepted tokens: emitted tokens / steps."""
+        return len(self.token_ids) / max(1, self.steps)
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What the last step did (benchmarks, pacing)."""
+
+    rows: int = 0
+    nodes: int = 0  # largest tree
+    emitted: int = 0
+    times: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+
+
+class Engine:
+    """Generates with speculation; what the draft sources learn is kept between calls.
+
+    Args:
+        model: a decoder-only Hugging Face causal language model (PEFT-wrapped too).
+        tokenizer: needed for string or chat prompts, texts and stop strings.
+        method: a name of specdec.METHODS, or a TreeBuilder of your own.
+        budget: most nodes of a draft tree, root included (a hard cap), or "auto": chosen from the measured cost model.
+        max_rows: sequences decoded at once; further prompts wait for a free row.
+        state: file of a state saved by save_state, to start warm.
+
+    Raises:
+        UnsupportedModelError: the model cannot be accelerated without risking its output.
+        ValueError: unknown method, budget < 1, max_rows < 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        method: Any = "auto",
+        budget: int | str = "auto",
+        max_rows: int = 8,
+        state: str | Path | None = None,
+    ) -> None:
+        if budget != "auto" and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+            raise ValueError(f'budget must be "auto" or an int >= 1 (nodes a tree, root included), got {budget!r}')
+        if not isinstance(max_rows, int) or max_rows < 1:
+            raise ValueError(f"max_rows must be an int >= 1, got {max_rows!r}")
+        self._model = model  # kept alive for as long as the engine; the target only refers to it
+        self.target = TargetModel(model)
+        self.tokenizer = _checked_tokenizer(tokenizer, self.target.vocab_size)
+        self.budget, self.max_rows = budget, max_rows
+        self.method = method if isinstance(method, str) else type(method).__name__
+        self.pacer = Pacer(self.target, budget)
+        self.builder = make_builder(method, self.target.vocab_size, self.pacer.cost_model)
+        self.cache: KVCache = self.target.new_cache(1, 256)
+        self.rows: list[Sequence] = []  # live sequences; sequence i owns cache row i
+        self.waiting: deque[Sequence] = deque()
+        self.last_step = StepStats()
+        self._next_id = 0
+        self._lock = threading.RLock()
+        if state is not None:
+            self.load_state(state)
+
+    # ---- requests -------------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Any, params: SamplingParams | Seq[SamplingParams] | None = None) -> Any:
+        """Complete one prompt or many.
+
+        Args:
+            prompts: a string, a chat (list of {"role", "content"}), a list of token ids or a 1-D tensor; or a list of those.
+            params: one SamplingParams for all, or one a prompt.
+
+        Returns:
+            A Result for a single prompt with n = 1; otherwise a list, prompt by prompt, a prompt's samples beside each other.
+
+        Raises:
+            ValueError: an empty prompt, ids outside the vocabulary, a prompt longer than the context, text without a tokenizer.
+        """
+        items, single = _as_list(prompts)
+        each = _params_for(params, len(items))
+        with self._lock:
+            sequences = self._sequences(items, each)
+            self.run(sequences)
+            results = [self._result(seq) for seq in sequences]
+        return results[0] if single and len(results) == 1 else results
+
+    def stream(self, prompt: Any, params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the text of one prompt as it is generated; closing the iterator frees its row."""
+        if self.tokenizer is None:
+            raise ValueError("stream needs a tokenizer to make text; fix: Engine(model, tokenizer)")
+        with self._lock:
+            (seq,) = self._sequences([prompt], [params or SamplingParams()])
+        detokenizer = Detokenizer(self.tokenizer, seq.params.stop_strings)
+        with self._running([seq]):
+            while not seq.finished:
+                with self._lock:
+                    if not seq.finished:  # another stream of this engine may have finished it
+                        self.step()
+                if piece := detokenizer.push(seq.output_ids, seq.finished):
+                    yield piece
+
+    def run(self, sequences: list[Sequence]) -> None:
+        """Step until all of them have finished; if that is interrupted, they are cancelled and the engine stays usable."""
+        with self._lock, self._running(sequences):
+            while any(not seq.finished for seq in sequences):
+                self.step()
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence; step() admits it when a row is free."""
+        self.waiting.append(seq)
+
+    def new_sequence(self, token_ids: list[int], params: SamplingParams, randomness: Randomness, **fields: Any) -> Sequence:
+        """A validated Sequence with a fresh id. `fields` as in Sequence (pad_ids, processor, stop_check, eos_token_ids, record)."""
+        self._check_prompt(token_ids, params)
+        self._next_id += 1
+        return Sequence(self._next_id, token_ids, params, randomness, **fields)
+
+    def cancel(self, seq: Sequence) -> None:
+        """Stop a sequence, wherever it is, and free its row."""
+        with self._lock:
+            if seq in self.waiting:
+                self.waiting.remove(seq)
+            if not seq.finished:
+                seq.finish_reason = "cancelled"
+            if seq.row >= 0:
+                self._release(seq)
+
+    # ---- the loop -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Admit waiting prompts, then verify one draft tree a row in one forward."""
+        with self._lock:
+            stats = self.last_step = StepStats()
+            with _timed(stats, "prefill"):
+                self._admit()
+                self._rebuild_past_threshold()
+            live = self._same_side()
+            if not live:
+                return
+            with _timed(stats, "draft"):
+                trees = self._draft(live)
+            with _timed(stats, "forward"):
+                logits = self.target.forward(self.cache, trees, first_row=live[0].row)
+                top = self._reduce(logits, stats)
+            for index, (seq, tree) in enumerate(zip(live, trees)):
+                self._accept(seq, tree, logits[index, : len(tree)], None if top is None else top[index], stats)
+            stats.rows, stats.nodes = len(live), max(len(tree) for tree in trees)
+            self.pacer.observe(stats, max(self.cache.starts, default=0))
+            for seq in live:
+                _share_times(seq, stats, len(live))
+            for seq in [seq for seq in live if seq.finished]:
+                self._release(seq)
+
+    def _draft(self, live: list[Sequence]) -> list[DraftTree]:
+        depths = [self._depth_limit(seq) for seq in live]
+        longest = max(len(seq.token_ids) for seq in live)
+        budget = self.pacer.budget(len(live), longest, self.builder.sizes_itself)
+        budgets = [budget if depth > 0 else 1 for depth in depths]
+        if all(most == 1 for most in budgets):
+            return [DraftTree.root_only(seq.token_ids[-1]) for seq in live]
+        return self.builder.build(live, budgets, depths)
+
+    def _depth_limit(self, seq: Sequence) -> int:
+        """Drafting deeper than the text may grow is waste; past the context or a RoPE threshold it is wrong."""
+        position = len(seq.token_ids) - 1
+        limits = [seq.remaining - 1]
+        if self.target.max_positions is not None:
+            limits.append(self.target.max_positions - 1 - position)
+        if (rope := self.target.rope.depth_limit(position)) is not None:
+            limits.append(rope)
+        return max(0, min(limits))
+
+    def _reduce(self, logits: torch.Tensor, stats: StepStats) -> list[TopK] | None:
+        """The learning pass: top-k logits of every node."""
+        if not self.builder.top_k:
+            return None
+        started = time.perf_counter()
+        flat = top_k(logits.flatten(0, 1), self.builder.top_k)
+        shape = (logits.shape[0], logits.shape[1], self.builder.top_k)
+        tokens, probs = flat.tokens.reshape(shape), flat.probs.reshape(shape)
+        seconds = time.perf_counter() - started
+        stats.times["learn"] += seconds
+        stats.times["forward"] -= seconds
+        return [TopK(tokens[row], probs[row]) for row in range(shape[0])]
+
+    def _accept(self, seq: Sequence, tree: DraftTree, logits: torch.Tensor, top: TopK | None, stats: StepStats) -> None:
+        """One row's accept, commit and learn. A row that fails (a raising processor, NaN logits) fails alone and frees its slot."""
+        try:
+            with _timed(stats, "accept"):
+                law = Law(logits, tree, seq, keep_visited=seq.record is not None and seq.record.keeps_scores)
+                verdict = match(tree, law, seq.randomness)
+                emitted = [int(tree.tokens[node]) for node in verdict.nodes[1:]] + [verdict.next_token]
+                kept = seq.append(emitted)
+                if seq.record is not None:
+                    seq.record.emitted(seq, law, verdict, kept)
+                if seq.params.logprobs is not None:
+                    seq.logprobs += [law.logprob(int(node), token) for node, token in zip(verdict.nodes[:kept], emitted)]
+                verdict = Verdict(verdict.nodes[:kept], emitted[kept - 1])
+                seq.accept_lengths.append(kept)
+                stats.emitted += kept
+            with _timed(stats, "commit"):
+                self.cache.commit(seq.row, verdict.nodes.tolist())
+            with _timed(stats, "learn"):
+                self.builder.update(seq, tree, verdict, top if top is None else TopK(top.tokens[: len(tree)], top.probs[: len(tree)]))
+        except BaseException:
+            seq.finish_reason = seq.finish_reason or "error"
+            self._release(seq)
+            raise
+
+    # ---- rows -----------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.rows) < self.max_rows:
+            seq = self.waiting.popleft()
+            if seq.finished:
+                continue
+            row = len(self.rows)
+            needed = len(seq.token_ids) + 64
+            self.cache.reserve(row + 1, needed)
+            self.cache.lengths[row] = 0
+            seq.row = row
+            self.rows.append(seq)
+            try:
+                self.builder.start(seq)
+                self._prefill(seq)
+            except BaseException:
+                seq.finish_reason = seq.finish_reason or "error"
+                self._release(seq)
+                raise
+
+    def _prefill(self, seq: Sequence) -> None:
+        """Commit the prompt but its last token; a prompt equal to a live row's is copied instead of computed."""
+        prompt = seq.token_ids[:-1]
+        twin = next((other for other in self.rows[:-1] if other.token_ids[: len(prompt)] == prompt and len(prompt) > 0), None)
+        if twin is not None and self.target.rope.kind is None:
+            self.cache.fork(twin.row, seq.row, len(prompt))
+            return
+
+        def observe(start: int, logits: torch.Tensor) -> None:
+            self.builder.observe_prompt(seq, start, top_k(logits, self.builder.top_k))
+
+        self.target.prefill(self.cache, seq.row, prompt, observe if self.builder.top_k else None)
+
+    def _rebuild_past_threshold(self) -> None:
+        """longrope: the first token past the threshold changes the frequencies of the whole cache, as in transformers."""
+        for seq in self.rows:
+            if self.target.rope.recompute(len(seq.token_ids) - 1) and seq.output_length > 0:
+                self.cache.lengths[seq.row] = 0
+                self.target.prefill(self.cache, seq.row, seq.token_ids[:-1])
+
+    def _same_side(self) -> list[Sequence]:
+        """The rows of this step: all, unless a RoPE threshold separates them; then a consecutive run of rows on one side."""
+        if not self.rows or self.target.rope.kind is None:
+            return list(self.rows)
+        sides = [self.target.rope.past(len(seq.token_ids) - 1) for seq in self.rows]
+        first = min(range(len(self.rows)), key=lambda row: len(self.rows[row].accept_lengths))  # the one that waited longest
+        last = first
+        while last + 1 < len(self.rows) and sides[last + 1] == sides[first]:
+            last += 1
+        return self.rows[first : last + 1]
+
+    def _release(self, seq: Sequence) -> None:
+        """Free a row; the last live row moves into it, so that live rows stay consecutive."""
+        row, last = seq.row, len(self.rows) - 1
+        if row < 0:
+            return
+        if row != last:
+            self.cache.fork(last, row)
+            self.rows[row] = self.rows[last]
+            self.rows[row].row = row
+        self.rows.pop()
+        self.cache.release(last)
+        seq.row = -1
+        self.builder.finish(seq)
+
+    @contextmanager
+    def _running(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Queue the sequences; however the block ends, none of them keeps a row."""
+        try:
+            with self._lock:
+                for seq in sequences:
+                    self.add(seq)
+            yield
+        finally:
+            for seq in sequences:
+                if not seq.finished or seq.row >= 0:
+                    self.cancel(seq)
+
+    # ---- input and output -----------------------------------------------------------------------------------------------
+
+    def _sequences(self, items: list[Any], params: Seq[SamplingParams]) -> list[Sequence]:
+        """One Sequence a prompt and sample. A prompt's stream is its place in the call, so batching cannot change its text."""
+        drawn: int | None = None
+        sequences = []
+        for index, (item, each) in enumerate(zip(items, params)):
+            token_ids = self._encode(item)
+            seed = each.seed
+            if seed is None and each.temperature > 0:
+                drawn = draw_seed() if drawn is None else drawn
+                seed = drawn
+            for sample in range(each.n):
+                eos = self._eos_token_ids() if not each.ignore_eos else frozenset()
+                sequences.append(
+                    self.new_sequence(
+                        list(token_ids),
+                        each,
+                        Randomness(seed or 0, (index, sample)),
+                        eos_token_ids=eos,
+                        processor=build_processor(each, eos, len(token_ids)),
+                        stop_check=self._stop_check(each),
+                    )
+                )
+        return sequences
+
+    def _stop_check(self, params: SamplingParams) -> Callable[[Sequence], bool] | None:
+        if not params.stop_strings:
+            return None
+        if self.tokenizer is None:
+            raise ValueError(f"stop_strings={params.stop_strings!r} needs a tokenizer; fix: Engine(model, tokenizer) or stop_token_ids")
+        return stop_string_check(self.tokenizer, params.stop_strings)
+
+    def _eos_token_ids(self) -> frozenset[int]:
+        for config in (getattr(self.target.model, "generation_config", None), self.target.model.config):
+            eos = getattr(config, "eos_token_id", None)
+            if eos is not None:
+                return frozenset([eos] if isinstance(eos, int) else eos)
+        return frozenset()
+
+    def _encode(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, torch.Tensor):
+            prompt = prompt.flatten().tolist()
+        if isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict)):
+            if self.tokenizer is None:
+                raise ValueError("a text or chat prompt needs a tokenizer; fix: Engine(model, tokenizer), or pass token ids")
+            if isinstance(prompt, str):
+                return list(self.tokenizer(prompt)["input_ids"])
+            text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        try:
+            return [int(token) for token in prompt]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a prompt must be a string, a chat (list of messages) or a list of token ids, got {type(prompt).__name__}") from error
+
+    def _check_prompt(self, token_ids: list[int], params: SamplingParams) -> None:
+        if not token_ids:
+            raise ValueError("the prompt is empty (0 tokens); fix: pass at least one token, for example the tokenizer's bos_token_id")
+        bad = next((token for token in token_ids if not 0 <= token < self.target.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} in the prompt is outside the vocabulary of {self.target.vocab_size}; fix: use this model's tokenizer")
+        limit, wanted = self.target.max_positions, len(token_ids) + params.max_new_tokens
+        if limit is not None and len(token_ids) >= limit:
+            raise ValueError(f"the prompt has {len(token_ids)} tokens, the model's context is {limit}; fix: shorten the prompt")
+        rope = self.target.rope
+        if rope.kind == "dynamic" and wanted > rope.threshold:
+            raise ValueError(
+                f"prompt + max_new_tokens = {wanted} passes {rope.threshold} positions, from where dynamic RoPE depends on earlier calls and "
+                "cannot be reproduced; fix: lower max_new_tokens, or call model.generate without specdec"
+            )
+
+    def _result(self, seq: Sequence) -> Result:
+        text = ""
+        if self.tokenizer is not None:
+            text = cut_at_stop(self.tokenizer.decode(seq.output_ids, skip_special_tokens=True), seq.params.stop_strings)
+        return Result(
+            seq.output_ids,
+            text,
+            seq.finish_reason or "cancelled",
+            seq.prompt_len,
+            len(seq.accept_lengths),
+            list(seq.accept_lengths),
+            list(seq.logprobs) if seq.params.logprobs is not None else None,
+            dict(seq.times),
+        )
+
+    def trim(self) -> None:
+        """Give back the KV buffers; they are allocated anew when needed."""
+        with self._lock:
+            if not self.rows:
+                self.cache = self.target.new_cache(1, 256)
+
+    # ---- state ----------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget everything the draft sources and the pacing learned (benchmarks; a change of subject needs no reset)."""
+        with self._lock:
+            self.builder.reset()
+            self.pacer.reset()
+
+    def save_state(self, path: str | Path) -> None:
+        """Write what the draft sources learned to a safetensors file, atomically."""
+        from specdec.state import save_state
+
+        with self._lock:
+            save_state(self.builder.state(), path, self.method, self.target.vocab_size)
+
+    def load_state(self, path: str | Path) -> None:
+        """Inverse of save_state.
+
+        Raises:
+            ValueError: the file belongs to another method or vocabulary.
+        """
+        from specdec.state import load_state
+
+        with self._lock:
+            self.builder.load_state(load_state(path, self.method, self.target.vocab_size))
+
+    def info(self) -> dict[str, Any]:
+        """What runs here: model, method, budget, operators, measured costs."""
+        return {
+            "model": self.target.name,
+            "method": self.method,
+            "budget": self.budget,
+            "device": str(self.target.device),
+            "dtype": str(next(self.target.model.parameters()).dtype),
+            **self.target.info(),
+            **self.pacer.info(),
+        }
+
+
+@contextmanager
+def _timed(stats: StepStats, phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        stats.times[phase] += time.perf_counter() - started
+
+
+def _share_times(seq: Sequence, stats: StepStats, rows: int) -> None:
+    for phase, seconds in stats.times.items():
+        seq.times[phase] = seq.times.get(phase, 0.0) + seconds / rows
+
+
+def _as_list(prompts: Any) -> tuple[list[Any], bool]:
+    """A list of prompts, and whether the caller gave a single one."""
+    if isinstance(prompts, str):
+        return [prompts], True
+    if isinstance(prompts, torch.Tensor):
+        return ([prompts], True) if prompts.dim() == 1 else (list(prompts), False)
+    if not isinstance(prompts, (list, tuple)):
+        raise ValueError(f"prompts must be a string, a chat, a list of token ids, or a list of those, got {type(prompts).__name__}")
+    if not prompts:
+        raise ValueError("prompts is empty; fix: pass at least one prompt")
+    single = isinstance(prompts[0], (int, dict)) or not isinstance(prompts[0], (str, list, tuple, torch.Tensor))
+    return ([prompts], True) if single else (list(prompts), False)
+
+
+def _params_for(params: SamplingParams | Seq[SamplingParams] | None, count: int) -> Seq[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"params has {len(params)} entries for {count} prompts; fix: pass one SamplingParams, or one a prompt")
+    return params
+
+
+def _checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
+    """Refuse a tokenizer whose ids the model does not have."""
+    if tokenizer is not None and len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"tokenizer has {len(tokenizer)} ids but the model's vocabulary is {vocab_size}; fix: load the tokenizer of this model, or call "
+            "model.resize_token_embeddings(len(tokenizer))"
+        )
+    return tokenizer

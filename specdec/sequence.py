@@ -1,0 +1,177 @@
+"""SamplingParams and Sequence: one request, its tokens, and the only place that decides when it stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from specdec.randomness import Randomness
+
+__all__ = ["SamplingParams", "Sequence"]
+
+StopCheck = Callable[["Sequence"], bool]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled and when it stops.
+
+    Args:
+        max_new_tokens: most tokens to emit, >= 1.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k most probable tokens; 0 is off.
+        top_p: keep the smallest set of tokens with at least this probability; 1 is off.
+        min_p: keep tokens with at least this share of the top token's probability; 0 is off.
+        repetition_penalty: > 1 lowers the logits of tokens that already occurred (prompt included); 1 is off.
+        min_new_tokens: no EOS or stop token before this many tokens.
+        seed: None draws one number from torch's global generator a call, as `generate` would; an int fixes the text and leaves
+            the global generator alone.
+        stop_token_ids: tokens that end the text besides the model's own EOS; they are emitted as the last token.
+        stop_strings: strings that end the text; the text is cut before the first of them.
+        ignore_eos: go on after the model's EOS.
+        n: samples for each prompt; each has its own random stream.
+        logprobs: None, or 0 to report the log-probability of each emitted token under the processed law.
+
+    Raises:
+        ValueError: a value is out of range; the message names the argument, the value and the fix.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("stop_token_ids", "stop_strings"):
+            value = getattr(self, name)
+            if isinstance(value, (str, int)):
+                value = (value,)
+            object.__setattr__(self, name, tuple(value))
+        _require(_is_int(self.max_new_tokens) and self.max_new_tokens >= 1, f"max_new_tokens must be an int >= 1, got {self.max_new_tokens!r}")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            _require(isinstance(value, (int, float)) and math.isfinite(value), f"{name} must be a finite number, got {value!r}")
+        _require(self.temperature >= 0, f"temperature must be >= 0 (0 is greedy), got {self.temperature}")
+        _require(_is_int(self.top_k) and self.top_k >= 0, f"top_k must be an int >= 0 (0 is off), got {self.top_k!r}")
+        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 is off), got {self.top_p}")
+        _require(0 <= self.min_p <= 1, f"min_p must be in [0, 1] (0 is off), got {self.min_p}")
+        _require(self.repetition_penalty > 0, f"repetition_penalty must be > 0 (1 is off), got {self.repetition_penalty}")
+        _require(_is_int(self.min_new_tokens) and 0 <= self.min_new_tokens <= self.max_new_tokens, f"min_new_tokens must be an int in [0, max_new_tokens={self.max_new_tokens}], got {self.min_new_tokens!r}")
+        _require(self.seed is None or _is_int(self.seed), f"seed must be None or an int, got {self.seed!r}")
+        _require(all(_is_int(token) and token >= 0 for token in self.stop_token_ids), f"stop_token_ids must be ints >= 0, got {self.stop_token_ids!r}")
+        _require(all(isinstance(text, str) and text for text in self.stop_strings), f"stop_strings must be non-empty strings, got {self.stop_strings!r}")
+        _require(_is_int(self.n) and self.n >= 1, f"n must be an int >= 1, got {self.n!r}")
+        _require(self.logprobs is None or self.logprobs == 0, f"logprobs must be None or 0 (chosen tokens only), got {self.logprobs!r}")
+
+
+class TokenBuffer:
+    """Token ids as a growing [1, capacity] tensor, so that logits processors get a view instead of a fresh copy a step."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self.length = len(token_ids)
+        self._data = torch.empty((1, max(64, 2 * self.length)), dtype=torch.long)
+        self._data[0, : self.length] = torch.tensor(token_ids, dtype=torch.long)
+
+    def extend(self, token_ids: list[int]) -> None:
+        self.with_path(token_ids)
+        self.length += len(token_ids)
+
+    def with_path(self, path: list[int]) -> torch.Tensor:
+        """[1, length + len(path)]: the committed tokens followed by `path`, which stays uncommitted."""
+        end = self.length + len(path)
+        if end > self._data.shape[1]:
+            grown = torch.empty((1, 2 * end), dtype=torch.long)
+            grown[:, : self.length] = self._data[:, : self.length]
+            self._data = grown
+        if path:
+            self._data[0, self.length : end] = torch.tensor(path, dtype=torch.long)
+        return self._data[:, :end]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request in the engine.
+
+    `token_ids` holds prompt + output; its last element is the root of the next tree and is not in the cache. `pad_ids` are the
+    left-padding tokens that a caller of `generate` passed: the model never sees them, logits processors and criteria do.
+    """
+
+    id: int
+    token_ids: list[int]
+    params: SamplingParams
+    randomness: Randomness
+    eos_token_ids: frozenset[int] = frozenset()
+    stop_check: StopCheck | None = None  # stop strings or StoppingCriteria: asked once per emitted token
+    pad_ids: list[int] = field(default_factory=list)
+    processor: Any = None  # LogitsProcessorList for this row, or None
+    row: int = -1  # slot of the KV cache; -1: not admitted
+    prompt_len: int = field(init=False)
+    buffer: TokenBuffer = field(init=False)
+    accept_lengths: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    record: Any = None  # the caller's Recorder (streamer, scores, logits), told about every step
+    times: dict[str, float] = field(default_factory=dict)  # seconds by phase
+
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.token_ids)
+        self.buffer = TokenBuffer(self.pad_ids + self.token_ids)
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def output_length(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.params.max_new_tokens - self.output_length
+
+    def append(self, token_ids: list[int]) -> int:
+        """Emit tokens one by one until the sequence stops; returns how many were kept.
+
+        The only place that decides about EOS, stop tokens, stop strings and length. The kept count cuts the accepted path.
+        """
+        for count, token in enumerate(token_ids, 1):
+            self.token_ids.append(token)
+            self.buffer.extend([token])
+            stopped = self.stop_check is not None and self.stop_check(self)  # a criterion may count its calls: one a token
+            if token in self.eos_token_ids:
+                self.finish_reason = "eos"
+            elif stopped or token in self.params.stop_token_ids:
+                self.finish_reason = "stop"
+            elif self.remaining <= 0:
+                self.finish_reason = "length"
+            if self.finished:
+                return count
+        return len(token_ids)

@@ -1,0 +1,1 @@
+"""Draft sources: where candidate tokens come from."""

@@ -1,0 +1,393 @@
+"""TargetModel: the only file that calls the Hugging Face model.
+
+It puts specdec's attention under the model for the length of one forward (the user's own implementation is back afterwards),
+gives it the KVCache, and proves at first use that a tree forward equals sequential ones. Models that transformers cannot route
+through its attention interface get a 4-D mask instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence as Seq
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+
+from specdec.attention import TreeBatch, attend, compiled_op
+from specdec.draft_tree import DraftTree, TopK
+from specdec.kv_cache import KVCache, LayerShape
+from specdec.linear import FastLinear
+
+__all__ = ["TargetModel", "UnsupportedModelError", "top_k"]
+
+PREFILL_CHUNK = 256
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Arguments of transformers' attention functions that change nothing here; any other that is set would be ignored silently.
+_HARMLESS = {
+    "dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict",
+    "logits_to_keep", "past_key_values", "attention_mask", "layer_head_mask", "head_mask", "position_embeddings", "labels", "layer_idx", "output_router_logits",
+}  # fmt: skip
+_names = itertools.count()
+
+
+class UnsupportedModelError(ValueError):
+    """This model cannot be accelerated without risking its output; the message says why."""
+
+
+def top_k(logits: torch.Tensor, k: int) -> TopK:
+    """The k largest logits of each row [M, V] with their softmax over those k: the one full-vocabulary pass for learning."""
+    values, tokens = torch.topk(logits, k, dim=-1)
+    probs = torch.softmax(values.float(), -1)
+    return TopK(tokens.to(torch.int32).cpu().numpy(), probs.cpu().numpy())
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def _refusal(model: PreTrainedModel) -> str | None:
+    """Why this kind of model cannot be verified with trees, or None."""
+    config = _text_config(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder; specdec speculates on decoder-only causal language models"
+    parameters = inspect.signature(model.forward).parameters
+    if getattr(model, "_is_stateful", False) or not ({"past_key_values", "kwargs", "args"} & parameters.keys()):
+        return "it keeps a recurrent (state-space or linear-attention) state, which cannot be rolled back to an accepted path"
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if unknown := layer_types - _KNOWN_LAYER_TYPES:
+        return f"it has layers of type {sorted(unknown)}; only full and sliding attention can be verified with trees"
+    if getattr(config, "attention_chunk_size", None):
+        return "it uses chunked attention"
+    return None
+
+
+class _RopeSwitch:
+    """RoPE whose frequencies depend on the largest position of a forward (longrope, dynamic NTK): `threshold` positions.
+
+    longrope: a forward that reaches position `threshold` uses the long factors for all its tokens, and transformers recomputes
+    the whole cache there. Dynamic NTK past the threshold depends on what ran before (transformers keeps the longest length seen):
+    not reproducible, so the engine refuses requests that would get there.
+    """
+
+    def __init__(self, config: Any) -> None:
+        parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        nested = [value for value in parameters.values() if isinstance(value, dict)]
+        found = next((p for p in [parameters, *nested] if p.get("rope_type") in ("longrope", "dynamic")), None)
+        self.kind: str | None = found["rope_type"] if found else None
+        self.threshold = 0
+        if found:
+            own = found.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+            self.threshold = int(own or config.max_position_embeddings)
+
+    def depth_limit(self, position: int) -> int | None:
+        """Deepest tree whose root stands at `position` (it may not reach the threshold); None: no limit."""
+        if self.kind is None or position >= self.threshold:
+            return None
+        return self.threshold - 1 - position
+
+    def past(self, position: int) -> bool:
+        """Rows whose roots are on the same side of the threshold may share a forward."""
+        return self.kind is not None and position >= self.threshold
+
+    def recompute(self, position: int) -> bool:
+        """The root at `position` is the first past the threshold: the cache must be rebuilt with the long factors."""
+        return self.kind == "longrope" and position == self.threshold
+
+
+class TargetModel:
+    """A causal language model that verifies draft trees.
+
+    Args:
+        model: any decoder-only `PreTrainedModel` (also wrapped by PEFT).
+        fast_linear: let specdec's CPU kernel compute skinny matrix products where it is faster (see specdec.linear).
+
+    Raises:
+        UnsupportedModelError: the model's kind cannot be verified with trees, or the self-check found a difference.
+    """
+
+    def __init__(self, model: Any, fast_linear: bool = True) -> None:
+        if not callable(getattr(model, "forward", None)) or not hasattr(model, "config"):
+            raise UnsupportedModelError(f"model must be a transformers causal language model, got {type(model).__name__}")
+        self._model = weakref.ref(model)
+        self.name = type(model).__name__
+        if reason := _refusal(model):
+            raise UnsupportedModelError(f"specdec cannot accelerate {self.name}: {reason}. Fix: call model.generate without specdec")
+        config = _text_config(model)
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() is not None else config.vocab_size)
+        self.max_positions = _context_length(config)
+        self.rope = _RopeSwitch(config)
+        self._configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")}.values())
+        self._linear = FastLinear(model) if fast_linear else None
+        self._keeps_logits = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
+        self._batch: TreeBatch | None = None  # what the forward under way attends to
+        self._calls: list[int] = []  # sliding window of each attention call of the last forward
+        self._interface = f"specdec_{next(_names)}"
+        _register(self)
+        self._use_interface = bool(getattr(_unwrapped(model), "_supports_attention_backend", False))
+        self._check()
+
+    @property
+    def model(self) -> Any:
+        """The user's model. Held weakly, so that an engine cached by specdec.generate does not keep it alive."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the model of this TargetModel was deleted")
+        return model
+
+    def info(self) -> dict[str, Any]:
+        """Which code runs the attention and the matrix products."""
+        op = "torch.ops.specdec.tree_attention" if compiled_op() else "PyTorch reference"
+        return {
+            "attention": f"{op} through transformers' attention interface" if self._use_interface else "the model's own, with a 4-D mask",
+            "linear": "torch" if self._linear is None else self._linear.describe(),
+        }
+
+    # ---- attention ------------------------------------------------------------------------------------------------------
+
+    def _attention(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """What transformers calls in every layer: query [B, Hq, N, D], key/value views [B, Hkv, T, D] of the cache."""
+        unknown = {name for name, value in kwargs.items() if value is not None and name not in _HARMLESS}
+        if unknown:
+            raise UnsupportedModelError(f"{self.name} passes {sorted(unknown)} to its attention, which specdec does not know")
+        assert self._batch is not None, "specdec's attention was called outside TargetModel.forward"
+        window = int(sliding_window or 0)
+        self._calls.append(window)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend(self._batch, query, key, value, float(scale), float(softcap or 0.0), window), None
+
+    @contextmanager
+    def _installed(self, batch: TreeBatch) -> Iterator[None]:
+        """The model runs specdec's attention and kernels inside, and is exactly as before outside, whatever happens."""
+        saved = [config._attn_implementation_internal for config in self._configs]
+        training = self.model.training
+        self._batch = batch
+        self._calls = []
+        if training:
+            self.model.eval()
+        try:
+            for config in self._configs:
+                if self._use_interface:
+                    config._attn_implementation_internal = self._interface
+                elif config._attn_implementation_internal not in ("eager", "sdpa"):
+                    config._attn_implementation_internal = "eager"
+            with torch.inference_mode():
+                if self._linear is None:
+                    yield
+                else:
+                    with self._linear.active():
+                        yield
+        finally:
+            for config, implementation in zip(self._configs, saved):
+                config._attn_implementation_internal = implementation
+            self._batch = None
+            if training:
+                self.model.train()
+
+    def _mask(self, batch: TreeBatch) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        """The 4-D mask for models outside the attention interface."""
+        if self._use_interface:
+            return None
+        most, end = max(batch.counts), max(p + n for p, n in zip(batch.prefix_lengths, batch.counts))
+        visible = torch.zeros((len(batch.counts), 1, most, end), dtype=torch.bool)
+        visible[..., 0] = True  # padding queries see one slot, so that no softmax is empty
+        for row, (prefix, count) in enumerate(zip(batch.prefix_lengths, batch.counts)):
+            visible[row, 0, :count, : prefix + count] = torch.from_numpy(batch.visible(row, 0))
+        if self._configs[0]._attn_implementation_internal == "sdpa":
+            return visible.to(batch.device)
+        dtype = next(self.model.parameters()).dtype
+        return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min).to(batch.device)
+
+    # ---- forwards -------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token ids go."""
+        embeddings = self.model.get_input_embeddings()
+        return embeddings.weight.device if embeddings is not None else next(self.model.parameters()).device
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty KVCache of this model's shape."""
+        return KVCache(self._layers, rows, capacity)
+
+    def _run(self, cache: KVCache, batch: TreeBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int) -> torch.Tensor:
+        kwargs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
+        with self._installed(batch):
+            output = self.model(
+                input_ids=input_ids.to(batch.device),
+                attention_mask=self._mask(batch),
+                position_ids=position_ids.to(batch.device),
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **kwargs,
+            )
+        return output.logits[:, -keep:] if keep else output.logits
+
+    def forward(self, cache: KVCache, trees: Seq[DraftTree], first_row: int = 0) -> torch.Tensor:
+        """Verify one tree a row (consecutive cache rows) in one forward; K/V go to slots P..P+N-1, uncommitted.
+
+        Returns:
+            logits [B, N, V] in the model's dtype, N = the largest tree; rows past a tree's end are meaningless.
+        """
+        most = max(len(tree) for tree in trees)
+        counts = [len(tree) for tree in trees]
+        cache.begin(first_row, counts)
+        tokens = np.zeros((len(trees), most), np.int64)
+        positions = np.zeros((len(trees), most), np.int64)
+        for row, tree in enumerate(trees):
+            tokens[row, : len(tree)] = tree.tokens
+            positions[row, : len(tree)] = cache.starts[row] + tree.depths
+        batch = TreeBatch(cache.starts, list(trees), counts, self.device)
+        return self._run(cache, batch, torch.from_numpy(tokens), torch.from_numpy(positions), 0)
+
+    def prefill(self, cache: KVCache, row: int, token_ids: Seq[int], observe: Callable[[int, torch.Tensor], None] | None = None) -> None:
+        """Commit a prompt's tokens to `row`, chunk by chunk through causal attention.
+
+        Args:
+            token_ids: tokens to append to what the row holds (the prompt without its last token).
+            observe: called with (offset of the chunk in token_ids, logits [n, V]) after every chunk; None: no logits are computed
+                beyond the last position.
+        """
+        base = cache.lengths[row]
+        crosses = self.rope.kind is not None and base + len(token_ids) + 1 > self.rope.threshold
+        chunk = len(token_ids) if crosses else PREFILL_CHUNK  # one choice of frequencies for the whole prompt, as transformers does
+        for start in range(0, len(token_ids), max(chunk, 1)):
+            piece = list(token_ids[start : start + chunk])
+            self._chunk(cache, row, piece, start, observe, crosses)
+
+    def _chunk(self, cache: KVCache, row: int, piece: list[int], offset: int, observe: Callable[[int, torch.Tensor], None] | None, crosses: bool) -> None:
+        # Whether a prompt is past the threshold is decided by its last token, the root, which is not in this chunk: an uncommitted
+        # position stands for it.
+        tokens = [*piece, piece[-1]] if crosses else piece
+        cache.begin(row, [len(tokens)])
+        start = cache.starts[0]
+        batch = TreeBatch(cache.starts, None, [len(tokens)], self.device)
+        positions = torch.arange(start, start + len(tokens))[None]
+        logits = self._run(cache, batch, torch.tensor([tokens]), positions, 0 if observe else 1)
+        cache.commit(row, range(len(piece)))
+        if observe:
+            observe(offset, logits[0, : len(piece)])
+
+    # ---- self-check -----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Compare a tree forward with sequential ones on a dozen tokens, and a wrong ancestor that must make a difference.
+
+        Raises:
+            UnsupportedModelError: they differ by more than rounding, or the mask is ignored.
+        """
+        ids = [(7 * i + 3) % self.vocab_size for i in range(6)]
+        reference = self._sequential(ids)
+        fork = (ids[-1] + 1) % self.vocab_size
+        deep = [(ids[-1] + 11 + i) % self.vocab_size for i in range(4)]
+        tree = DraftTree.from_paths(ids[-1], [[fork, deep[0]], [deep[1], deep[2]], [fork, deep[3]]])
+        logits = self._tree_logits(ids, tree)
+        if logits is None:
+            self._use_interface = False
+            logits = self._tree_logits(ids, tree)
+        assert logits is not None
+        worst = 0.0
+        for node in (0, 2, 4, 5):
+            path = [int(tree.tokens[n]) for n in tree.path(node)[1:]]
+            expected = reference if node == 0 else self._sequential(ids + path)
+            worst = max(worst, float((logits[node].double() - expected.double()).abs().max() / (expected.double().abs().max() + 1e-6)))
+        limit = {torch.float64: 1e-8, torch.float32: 1e-3}.get(logits.dtype, 0.1)
+        if not worst <= limit:
+            raise UnsupportedModelError(
+                f"specdec cannot accelerate {self.name}: verifying a draft tree changed its logits by {worst:.1e} of their size "
+                f"(limit {limit:.0e} in {logits.dtype}), so its attention does not honour the tree mask or the positions. "
+                "Fix: call model.generate without specdec"
+            )
+        wrong = DraftTree(tree.tokens, np.where(np.arange(len(tree)) == 5, 3, tree.parents))
+        if torch.equal(self._tree_logits(ids, wrong)[5], logits[5]):  # type: ignore[index]
+            raise UnsupportedModelError(f"specdec cannot accelerate {self.name}: a wrong ancestor made no difference, its attention ignores the mask")
+
+    def _sequential(self, ids: list[int]) -> torch.Tensor:
+        """Logits after the last of `ids` by the model alone (its own attention and cache), [V]."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            with torch.inference_mode():
+                cache = DynamicCache(config=_text_config(self.model))
+                device = self.device
+                self.model(input_ids=torch.tensor([ids[:-1]], device=device), past_key_values=cache, use_cache=True)
+                output = self.model(
+                    input_ids=torch.tensor([ids[-1:]], device=device),
+                    position_ids=torch.tensor([[len(ids) - 1]], device=device),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+        finally:
+            if training:
+                self.model.train()
+        if not hasattr(self, "_layers"):
+            self._layers = [self._shape(layer) for layer in cache.layers]
+        return output.logits[0, -1]
+
+    def _shape(self, layer: Any) -> LayerShape:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
+            raise UnsupportedModelError(f"specdec cannot accelerate {self.name}: a layer keeps {type(layer).__name__} instead of keys and values")
+        return LayerShape(keys.shape[1], keys.shape[-1], values.shape[1], values.shape[-1], keys.dtype, keys.device)
+
+    def _tree_logits(self, ids: list[int], tree: DraftTree) -> torch.Tensor | None:
+        """Logits [N, V] of a tree after ids[:-1]; None if the model did not use specdec's attention in every layer."""
+        cache = self.new_cache(1, 16)
+        self.prefill(cache, 0, ids[:-1])
+        logits = self.forward(cache, [tree])[0]
+        if self._use_interface:
+            if len(self._calls) != len(self._layers):
+                return None
+            self._check_windows()
+        return logits
+
+    def _check_windows(self) -> None:
+        """The sliding windows that reached the attention must be those of the configuration."""
+        config = _text_config(self.model)
+        window = getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", None) is False:
+            window = None
+        types = getattr(config, "layer_types", None) or []
+        expected = bool(window) and (not types or "sliding_attention" in types)
+        if expected and not any(self._calls):
+            raise UnsupportedModelError(f"specdec cannot accelerate {self.name}: its sliding window of {window} does not reach the attention function")
+
+
+def _register(target: TargetModel) -> None:
+    """Make the target's attention known to transformers for as long as the target lives."""
+    reference = weakref.ref(target)
+
+    def specdec_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        owner = reference()
+        assert owner is not None, "specdec's attention outlived its TargetModel"
+        return owner._attention(*args, **kwargs)
+
+    AttentionInterface.register(target._interface, specdec_attention)
+    weakref.finalize(target, AttentionInterface._global_mapping.pop, target._interface, None)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _context_length(config: Any) -> int | None:
+    """Positions that the model was built for, where exceeding them is an error (learned position tables), else None."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)

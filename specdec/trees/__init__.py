@@ -1,0 +1,1 @@
+"""Tree builders: what shape the candidates take."""

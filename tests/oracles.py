@@ -1,0 +1,52 @@
+"""Slow and obvious decoding: what every fast path must reproduce token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from specdec.randomness import Randomness
+
+__all__ = ["KeyedGumbel", "greedy_loop", "next_scores", "sample_loop"]
+
+
+class KeyedGumbel(LogitsProcessor):
+    """Adds the noise of each row's own key, so that do_sample=False draws from softmax(scores) with that noise.
+
+    It goes last in the list. One Randomness a row; `pad_lengths` is each row's left padding, which positions do not count.
+    """
+
+    def __init__(self, rows: Seq[Randomness], pad_lengths: Seq[int] | None = None) -> None:
+        self.rows = rows
+        self.pad_lengths = pad_lengths or [0] * len(rows)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        length, vocab_size = input_ids.shape[1], scores.shape[1]
+        noise = [row.gumbel(length - pad, vocab_size, scores.device) for row, pad in zip(self.rows, self.pad_lengths)]
+        return scores + torch.stack(noise)
+
+
+@torch.no_grad()
+def next_scores(model: PreTrainedModel, ids: list[int], processor: LogitsProcessorList | None = None) -> torch.Tensor:
+    """[V] float32: processed logits of the token after `ids`, by a forward over all of it, without a cache."""
+    input_ids = torch.tensor([ids])
+    logits = model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False).logits[:, -1]
+    scores = logits.to(torch.float32, copy=True)
+    return (processor(input_ids, scores) if processor else scores)[0]
+
+
+def greedy_loop(model: PreTrainedModel, ids: Seq[int], n: int, eos: Seq[int] = ()) -> list[int]:
+    """The `n` new tokens of a plain argmax loop without cache; fewer where one of `eos` ends it (it is the last token)."""
+    return sample_loop(model, ids, n, None, eos)
+
+
+def sample_loop(
+    model: PreTrainedModel, ids: Seq[int], n: int, processor: LogitsProcessorList | None, eos: Seq[int] = ()
+) -> list[int]:
+    """The same with processors: transformers' own warpers, and a KeyedGumbel at the end where it is to sample."""
+    text = list(ids)
+    while len(text) < len(ids) + n and (len(text) == len(ids) or text[-1] not in eos):
+        text.append(int(torch.argmax(next_scores(model, text, processor), dim=-1)))
+    return text[len(ids) :]
