@@ -21,7 +21,7 @@ from bench.runners import EngineRunner, PeerRunner, Runner
 from bench.tasks import Task, encode
 from specdec.models import load
 
-PROMPT = '''Add type hints to this function and return the whole function:
+PROMPT = """Fix the typo in this function and return the whole function:
 
 def summarize_orders(orders, currency="EUR"):
     totals = {}
@@ -35,8 +35,8 @@ def summarize_orders(orders, currency="EUR"):
     for customer in sorted(totals):
         amount = totals[customer]
         lines.append(customer + ": " + str(amount) + " " + currency)
-    return lines
-'''
+    retrun lines
+"""
 TASK = Task("demo", "code-edit", PROMPT)
 WARM_UP = Task("warm-up", "warm-up", "Write the numbers from one to ten, twice.")
 
@@ -87,7 +87,7 @@ def main(
     start = time.perf_counter()
     logging.disable_progress_bar()
     console = Console(width=110)
-    console.print("Loading SmolLM2-135M-Instruct (the very first time it is converted, which takes about half a minute) ...", style="dim")
+    console.print("Loading the model (the embedded one is converted at first use: about half a minute) ...", style="dim")
     params = specdec.SamplingParams(max_new_tokens=max_new_tokens)
     table = Table(title="decode speed on this machine, prefill excluded")
     columns = ("dtype", "model.generate, tokens/s", "specdec, tokens/s", "ratio", "tokens a step", "same output")
@@ -97,11 +97,11 @@ def main(
         loaded, tokenizer = load(model, dtype)
         first = dtype == "float32"
         if first:
-            console.print(f"\n[bold]Prompt[/]\n{PROMPT}\n[bold]Answer, streamed by specdec[/]", highlight=False)
+            console.print(f"\nPROMPT\n{PROMPT}\nANSWER, streamed by specdec", markup=False, highlight=False)
         table.add_row(*measure(loaded, tokenizer, params, rounds, stream=first))
         del loaded
     console.print(table)
-    console.print("float32: the same output is promised. bfloat16: it is likely; near-ties depend on the shape of the matrix product.", style="dim")
+    console.print("float32: the same output is promised. bfloat16: near-ties may fall either way.", style="dim")
     console.print(f"{time.perf_counter() - start:.0f} s in all", style="dim")
     sys.stdout.flush()
 

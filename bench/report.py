@@ -76,9 +76,16 @@ def _pairs(rows: Sequence[Row], labels: Sequence[str]) -> list[tuple[str, str, l
 
 def print_tables(rows: Sequence[Row], labels: Sequence[str], console: Console) -> None:
     """Totals, then tokens a step and speed by group; a group's column is its name."""
+
+    def steps_cell(label: str, group: str) -> str:
+        return _text(tokens_per_step(select(rows, label, group)))
+
+    def speed_cell(label: str, group: str) -> str:
+        return _text(speed(select(rows, label, group)), 1)
+
     console.print(_totals(rows, labels))
-    console.print(_grouped(rows, labels, "tokens a step", lambda label, group: _text(tokens_per_step(select(rows, label, group)))))
-    console.print(_grouped(rows, labels, "tokens a second", lambda label, group: _text(speed(select(rows, label, group)), 1)))
+    console.print(_grouped(rows, labels, "tokens a step", steps_cell))
+    console.print(_grouped(rows, labels, "tokens a second", speed_cell))
     for baseline in BASELINES:
         if baseline in labels and len(labels) > 1:
             console.print(_grouped(rows, labels, f"speed / {baseline}", _ratio_cell(rows, baseline)))
@@ -94,7 +101,8 @@ def _ratio_cell(rows: Sequence[Row], baseline: str) -> Callable[[str, str], str]
 def _totals(rows: Sequence[Row], labels: Sequence[str]) -> Table:
     baselines = [name for name in BASELINES if name in labels]
     table = Table("method", title=f"{len({row.task for row in rows})} prompts")
-    for name in ("tokens a step", "tokens a second", *(f"x {name} (95 %)" for name in baselines), "host ms a step", "same output"):
+    against = [f"x {name} (95 %)" for name in baselines]
+    for name in ("tokens a step", "tokens a second", *against, "host ms a step", "same output"):
         table.add_column(name, justify="right")
     for label in labels:
         mine = select(rows, label)

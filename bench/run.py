@@ -57,8 +57,9 @@ class Log:
         first, *rest = path.read_text(encoding="utf-8").splitlines()
         written = json.loads(first)["settings"]
         if written != settings:
-            changed = [f"{key}: {written.get(key)!r} there, {settings[key]!r} now" for key in settings if written.get(key) != settings[key]]
-            raise ValueError(f"out must be a new file or one of the same settings, got {path} ({'; '.join(changed)})")
+            changed = [key for key in settings if written.get(key) != settings[key]]
+            changes = "; ".join(f"{key}: {written.get(key)!r} there, {settings[key]!r} now" for key in changed)
+            raise ValueError(f"out must be a new file or one of the same settings, got {path} ({changes})")
         self.rows = [Row(**json.loads(line)) for line in rest]
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -91,7 +92,13 @@ def pending(tasks: list[Task], runners: list[Runner], log: Log, warm: bool) -> I
 
 
 def run_all(
-    tasks: list[Task], runners: list[Runner], tokenizer: Any, params: specdec.SamplingParams, log: Log, warm: bool, console: Console
+    tasks: list[Task],
+    runners: list[Runner],
+    tokenizer: Any,
+    params: specdec.SamplingParams,
+    log: Log,
+    warm: bool,
+    console: Console,
 ) -> None:
     """Run what is pending; every row is in the log before the next starts, and an exception ends the run."""
     todo = list(pending(tasks, runners, log, warm))
@@ -164,8 +171,9 @@ def main(
 
 def _machine() -> str:
     """Processor and cores, as the operating system names them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 

@@ -1,7 +1,7 @@
 """The things that a benchmark compares: specdec's methods, and transformers' own generate with and without prompt lookup.
 
-One ruler: decode seconds are the seconds of the call after the prefill. specdec reports its prefill; for transformers it ends when
-the streamer gets the first new tokens, and the tokens of that first call are not counted either, since their time is not.
+One ruler: decode seconds are the seconds of the call after the prefill. specdec reports its prefill; for transformers it ends
+when the streamer gets the first new tokens, and the tokens of that first call are not counted either, since their time is not.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ class EngineRunner:
         wall = time.perf_counter() - start
         prefill = result.times["prefill"]
         return Row(
-            task.id, task.group, self.label, len(result.token_ids), result.steps, wall - prefill, prefill, result.token_ids, result.times
-        )
+            task.id, task.group, self.label, len(result.token_ids), result.steps,
+            wall - prefill, prefill, result.token_ids, result.times,
+        )  # fmt: skip
 
     def reset(self) -> None:
         self.engine.reset()
@@ -120,9 +121,9 @@ def make_runners(model: Any, tokenizer: Any, methods: list[str], budgets: list[i
     for method in methods:
         if method in PEERS:
             runners.append(PeerRunner(model, method))
-        elif method in specdec.METHODS or method == "auto":
-            for budget in budgets[:1] if method == BASELINE else budgets:
-                runners.append(EngineRunner(model, tokenizer, method, budget))
+        elif method in specdec.METHODS:
+            each = budgets[:1] if method == BASELINE else budgets
+            runners.extend(EngineRunner(model, tokenizer, method, budget) for budget in each)
         else:
             raise ValueError(f"methods must be among {', '.join([*specdec.METHODS, *PEERS])}, got {method!r}")
     return runners

@@ -53,10 +53,9 @@ def load_tasks(data: Path, split: str, limit: int | None = None, groups: Iterabl
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     tasks = random_tasks() if split == "random" else _mix(data, split)
-    wanted = set(groups)
-    unknown = wanted - {task.group for task in tasks}
-    if unknown:
-        raise ValueError(f"split {split} has no group {', '.join(sorted(unknown))}; it has {', '.join(sorted({t.group for t in tasks}))}")
+    wanted, there = set(groups), {task.group for task in tasks}
+    if unknown := wanted - there:
+        raise ValueError(f"split {split} has no group {', '.join(sorted(unknown))}; it has {', '.join(sorted(there))}")
     tasks = [task for task in tasks if not wanted or task.group in wanted]
     return tasks if limit is None else _spread(tasks, limit)
 

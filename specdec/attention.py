@@ -137,7 +137,8 @@ def attend(
     rows = range(query.shape[0])
     if len(rows) == 1:
         end = batch.prefix_lengths[0] + batch.counts[0]
-        return attend_row(batch, 0, query[0], key[0, :, :end], value[0, :, :end], scale, softcap, window)[None]
+        out = attend_row(batch, 0, query[0], key[0, :, :end], value[0, :, :end], scale, softcap, window)[None]
+        return out.contiguous()  # as transformers' own functions return it: some models view it, the others reshape (and copy) it
     out = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], value.shape[-1]))
     for row in rows:
         count = batch.counts[row]

@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="local folder or hub name; the embedded SmolLM2-135M if not given")]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="local folder or hub name; default: the embedded model")]
 DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32")]
 MethodOption = Annotated[str, typer.Option(help="drafting method: auto, none, ngram, suffix, token_recycling, goose, best_first")]
 BudgetOption = Annotated[str, typer.Option(help="most nodes of a draft tree, or auto: from the measured costs")]

@@ -20,12 +20,13 @@ import torch
 
 from specdec.draft_tree import DraftTree, TopK, Verdict
 from specdec.kv_cache import KVCache
+from specdec.learning import top_k
 from specdec.methods import make_builder
 from specdec.pacing import Pacer
 from specdec.randomness import Randomness, draw_seed
 from specdec.sampling import Law, build_processor
 from specdec.sequence import SamplingParams, Sequence
-from specdec.target import TargetModel, top_k
+from specdec.target import TargetModel
 from specdec.text import Detokenizer, cut_at_stop, stop_string_check
 from specdec.verify.match import match
 
@@ -156,6 +157,7 @@ class Engine:
                 with self._lock:
                     if not seq.finished:  # another stream of this engine may have finished it
                         self.step()
+                _raise_errors([seq])
                 if piece := detokenizer.push(seq.output_ids, seq.finished):
                     yield piece
 
@@ -164,6 +166,7 @@ class Engine:
         with self._lock, self._running(sequences):
             while any(not seq.finished for seq in sequences):
                 self.step()
+                _raise_errors(sequences)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence; step() admits it when a row is free."""
@@ -191,6 +194,7 @@ class Engine:
         """Admit waiting prompts, then verify one draft tree a row in one forward."""
         with self._lock:
             stats = self.last_step = StepStats()
+            self._release_finished()  # an interrupt may have left some
             with _timed(stats, "prefill"):
                 self._admit()
                 self._rebuild_past_threshold()
@@ -208,8 +212,7 @@ class Engine:
             self.pacer.observe(stats, max(self.cache.starts, default=0))
             for seq in live:
                 _share_times(seq, stats, len(live))
-            for seq in [seq for seq in live if seq.finished]:
-                self._release(seq)
+            self._release_finished()
 
     def _draft(self, live: list[Sequence]) -> list[DraftTree]:
         depths = [self._depth_limit(seq) for seq in live]
@@ -244,15 +247,17 @@ class Engine:
         return [TopK(tokens[row], probs[row]) for row in range(shape[0])]
 
     def _accept(self, seq: Sequence, tree: DraftTree, logits: torch.Tensor, top: TopK | None, stats: StepStats) -> None:
-        """One row's accept, commit and learn. A row that fails (a raising processor, NaN logits) fails alone and frees its slot."""
+        """One row's accept, commit and learn. A row that fails (a raising processor, NaN logits) fails alone, see _fail."""
         try:
             with _timed(stats, "accept"):
                 law = Law(logits, tree, seq, keep_visited=seq.record is not None and seq.record.keeps_scores)
                 verdict = match(tree, law, seq.randomness)
                 emitted = [int(tree.tokens[node]) for node in verdict.nodes[1:]] + [verdict.next_token]
+                if seq.record is not None:
+                    seq.record.judged(law, verdict)
                 kept = seq.append(emitted)
                 if seq.record is not None:
-                    seq.record.emitted(seq, law, verdict, kept)
+                    seq.record.emitted(seq, kept)
                 if seq.params.logprobs is not None:
                     seq.logprobs += [law.logprob(int(node), token) for node, token in zip(verdict.nodes[:kept], emitted)]
                 verdict = Verdict(verdict.nodes[:kept], emitted[kept - 1])
@@ -262,10 +267,8 @@ class Engine:
                 self.cache.commit(seq.row, verdict.nodes.tolist())
             with _timed(stats, "learn"):
                 self.builder.update(seq, tree, verdict, top if top is None else TopK(top.tokens[: len(tree)], top.probs[: len(tree)]))
-        except BaseException:
-            seq.finish_reason = seq.finish_reason or "error"
-            self._release(seq)
-            raise
+        except BaseException as error:
+            self._fail(seq, error)
 
     # ---- rows -----------------------------------------------------------------------------------------------------------
 
@@ -283,15 +286,29 @@ class Engine:
             try:
                 self.builder.start(seq)
                 self._prefill(seq)
-            except BaseException:
-                seq.finish_reason = seq.finish_reason or "error"
+            except BaseException as error:
                 self._release(seq)
-                raise
+                self._fail(seq, error)
+
+    def _fail(self, seq: Sequence, error: BaseException) -> None:
+        """End one row with an error, which its owner (run, stream) raises: whoever steps may be another. An interrupt is raised here too.
+
+        The row is freed at the end of the step: until then the K/V of other rows' trees are not committed and cannot move.
+        """
+        seq.finish_reason, seq.error = "error", error
+        if not isinstance(error, Exception):
+            raise error
+
+    def _release_finished(self) -> None:
+        for seq in [seq for seq in self.rows if seq.finished]:
+            self._release(seq)
 
     def _prefill(self, seq: Sequence) -> None:
         """Commit the prompt but its last token; a prompt equal to a live row's is copied instead of computed."""
         prompt = seq.token_ids[:-1]
-        twin = next((other for other in self.rows[:-1] if other.token_ids[: len(prompt)] == prompt and len(prompt) > 0), None)
+        # A row's last token is not in the cache: only a longer row holds the whole prompt.
+        longer = (other for other in self.rows[:-1] if len(other.token_ids) > len(prompt) > 0)
+        twin = next((other for other in longer if other.token_ids[: len(prompt)] == prompt), None)
         if twin is not None and self.target.rope.kind is None:
             self.cache.fork(twin.row, seq.row, len(prompt))
             return
@@ -475,6 +492,12 @@ class Engine:
             **self.target.info(),
             **self.pacer.info(),
         }
+
+
+def _raise_errors(sequences: list[Sequence]) -> None:
+    for seq in sequences:
+        if seq.error is not None:
+            raise seq.error
 
 
 @contextmanager

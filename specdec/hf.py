@@ -3,19 +3,26 @@
 What reaches a custom_generate callable is settled by transformers: the inputs are expanded, the processors, criteria and the
 generation config are prepared, and `streamer`, `tokenizer` and `stop_strings` never arrive (use accelerate(), a direct call of
 specdec.generate, or specdec_streamer=). What cannot be honoured is refused by name.
+
+Rows of a batch advance at their own pace, so processors and criteria see one row at a time, [1, L], left padding included. A
+custom processor may keep state: in a batch every row works on its own copy of it. A row that ended is filled with pad tokens.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StopStringCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 from transformers.generation.logits_process import (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -37,7 +44,13 @@ __all__ = ["accelerate", "generate"]
 
 # What transformers itself adds to the model's arguments, and is either used here or cannot change the output.
 _MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
-_engines: weakref.WeakKeyDictionary[Any, dict[tuple[Any, Any], Engine]] = weakref.WeakKeyDictionary()
+_DROPPED = {
+    "streamer": "specdec_streamer=, specdec.accelerate or a direct specdec.generate(model, ..., streamer=...)",
+    "assistant_model": "no assistant_model: specdec drafts by itself",
+    "synced_gpus": "synced_gpus=False: specdec does not run under ZeRO-3 or FSDP generation",
+}
+_engines: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Engine]] = weakref.WeakKeyDictionary()
+_engines_lock = threading.Lock()
 
 
 class _Recorder:
@@ -49,15 +62,22 @@ class _Recorder:
         self.scores: list[torch.Tensor] | None = [] if scores else None
         self.logits: list[torch.Tensor] | None = [] if logits else None
 
-    def emitted(self, seq: Sequence, law: Law, verdict: Verdict, kept: int) -> None:
-        """Called once a step, after `kept` tokens were appended."""
-        if law.visited is not None:
-            for node in verdict.nodes[:kept]:
-                raw, scores = law.visited[int(node)]
-                if self.scores is not None:
-                    self.scores.append(scores)
-                if self.logits is not None:
-                    self.logits.append(raw)
+    def judged(self, law: Law, verdict: Verdict) -> None:
+        """A step's verdict is known: keep the scores and logits of the nodes it visited. Stopping criteria may read them."""
+        if law.visited is None:
+            return
+        for node in verdict.nodes:
+            raw, scores = law.visited[int(node)]
+            if self.scores is not None:
+                self.scores.append(scores)
+            if self.logits is not None:
+                self.logits.append(raw)
+
+    def emitted(self, seq: Sequence, kept: int) -> None:
+        """Its first `kept` tokens were appended, and the text may have stopped there."""
+        for kept_scores in (self.scores, self.logits):
+            if kept_scores is not None:
+                del kept_scores[seq.output_length :]
         if self.streamer is not None:
             for token in seq.token_ids[len(seq.token_ids) - kept :]:
                 self.streamer.put(torch.tensor([token]))
@@ -100,44 +120,39 @@ def generate(
         ValueError: an argument that specdec cannot honour; it is named.
         UnsupportedModelError: a model that cannot be verified with trees.
     """
-    if generation_config is None or not hasattr(generation_config, "_eos_token_tensor"):
-        options = {
-            "specdec_method": specdec_method, "specdec_budget": specdec_budget, "specdec_seed": specdec_seed,
-            "specdec_streamer": specdec_streamer, "specdec_engine": specdec_engine,
-        }  # fmt: skip
+    options = {
+        "specdec_method": specdec_method, "specdec_budget": specdec_budget, "specdec_seed": specdec_seed,
+        "specdec_streamer": specdec_streamer, "specdec_engine": specdec_engine,
+    }  # fmt: skip
+    if not hasattr(generation_config, "_eos_token_tensor"):  # called by the user: transformers prepares the arguments first
         given = {
-            "logits_processor": logits_processor, "stopping_criteria": stopping_criteria,
+            "inputs": input_ids, "logits_processor": logits_processor, "stopping_criteria": stopping_criteria,
             "generation_config": generation_config, "synced_gpus": synced_gpus or None,
         }  # fmt: skip
-        if input_ids is not None:
-            kwargs["inputs"] = input_ids
-        return _call(model.generate, model, {k: v for k, v in (options | given | kwargs).items() if v is not None})
+        return _call(model.generate, model, {name: value for name, value in (options | given).items() if value is not None} | kwargs)
     assert input_ids is not None
-    _refuse(model, generation_config, logits_processor, synced_gpus, kwargs)
-    engine = specdec_engine or _engine(model, specdec_method or "auto", specdec_budget or "auto")
+    _refuse_dropped(sys._getframe(1))
+    _refuse(model, generation_config, logits_processor, kwargs)
+    engine = _chosen_engine(model, specdec_engine, specdec_method, specdec_budget)
     return _decode(engine, input_ids, logits_processor, stopping_criteria, generation_config, specdec_seed, specdec_streamer, kwargs)
 
 
 def _call(original: Callable[..., Any], model: Any, kwargs: dict[str, Any]) -> Any:
     """model.generate with custom_generate=generate, and what transformers would drop on the way carried past it."""
-    if kwargs.get("assistant_model") is not None:
-        raise ValueError("assistant_model cannot be combined with specdec, which drafts by itself; fix: leave it out")
+    kwargs.pop("custom_generate", None)
     if (streamer := kwargs.pop("streamer", None)) is not None:
         kwargs["specdec_streamer"] = streamer
-    config = kwargs.get("generation_config")
     tokenizer = kwargs.pop("tokenizer", None)
-    stop_strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
-    if stop_strings is None:
-        stop_strings = getattr(model.generation_config, "stop_strings", None) if config is None else None
-    if stop_strings is not None:
+    config = kwargs.get("generation_config")
+    stop_strings = kwargs.pop("stop_strings", None) or next(
+        (found for place in (config, model.generation_config) if (found := getattr(place, "stop_strings", None))), None
+    )
+    if stop_strings:
         if tokenizer is None:
-            raise ValueError("stop_strings needs tokenizer=; fix: pass the tokenizer beside it, as model.generate asks for too")
-        criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
-        criteria.append(StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer))
-        kwargs["stopping_criteria"] = criteria
-        if config is not None and getattr(config, "stop_strings", None) is not None:
-            kwargs["generation_config"] = copy.deepcopy(config)
-            kwargs["generation_config"].stop_strings = None
+            raise ValueError(f"stop_strings={stop_strings!r} needs tokenizer=; fix: pass the tokenizer beside it, as model.generate asks for too")
+        criterion = StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer)
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
+        kwargs["stop_strings"] = None  # overrides those of the configs, for which transformers would want the tokenizer again
     return original(custom_generate=generate, **kwargs)
 
 
@@ -158,16 +173,15 @@ def accelerate(model: Any, method: str = "auto", budget: int | str = "auto", *, 
     original = base.generate
     had_own = "generate" in base.__dict__
 
+    positional = list(inspect.signature(original).parameters)
+
     @functools.wraps(original)
-    def speculative(inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        if kwargs.get("custom_generate") is not None:
+    def speculative(*args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(positional, args))
+        if kwargs.get("custom_generate") not in (None, generate):
             raise ValueError("custom_generate cannot be used inside specdec.accelerate; fix: leave it out, or leave the block")
-        kwargs.pop("custom_generate", None)
-        if inputs is not None:
-            kwargs["inputs"] = inputs
-        if generation_config is not None:
-            kwargs["generation_config"] = generation_config
-        kwargs.setdefault("specdec_engine", engine)
+        if kwargs.get("specdec_method") is None and kwargs.get("specdec_budget") is None:
+            kwargs.setdefault("specdec_engine", engine)
         if seed is not None:
             kwargs.setdefault("specdec_seed", seed)
         return _call(original, base, kwargs)
@@ -182,16 +196,35 @@ def accelerate(model: Any, method: str = "auto", budget: int | str = "auto", *, 
             base.__dict__.pop("generate", None)
 
 
-def _engine(model: Any, method: str, budget: int | str) -> Engine:
-    """The engine kept for a model: its drafts stay warm between calls, and it dies with the model."""
-    engines = _engines.setdefault(model, {})
-    if (method, budget) not in engines:
-        engines[method, budget] = Engine(model, method=method, budget=budget)
-        engines[method, budget]._model = None  # the dictionary must not keep its own key alive
-    return engines[method, budget]
+def _chosen_engine(model: Any, engine: Engine | None, method: str | None, budget: int | str | None) -> Engine:
+    """The caller's engine, or the one kept for a model, method and budget: its drafts stay warm, and it dies with the model."""
+    if engine is not None:
+        if method is not None or budget is not None:
+            raise ValueError("specdec_engine brings its own method and budget; fix: leave out specdec_method and specdec_budget")
+        if engine.target.model is not model:
+            raise ValueError("specdec_engine was made for another model; fix: Engine(model)")
+        return engine
+    method, budget = "auto" if method is None else method, "auto" if budget is None else budget
+    parameter = next(model.parameters())
+    key = (method, budget, parameter.dtype, parameter.device, model.config.get_text_config(decoder=True).vocab_size)
+    with _engines_lock:
+        engines = _engines.setdefault(model, {})
+        if key not in engines:
+            engines[key] = Engine(model, method=method, budget=budget)
+            engines[key]._model = None  # the dictionary must not keep its own key alive
+        return engines[key]
 
 
-def _refuse(model: Any, config: Any, processors: Any, synced_gpus: Any, kwargs: dict[str, Any]) -> None:
+def _refuse_dropped(caller: FrameType) -> None:
+    """transformers' generate() does not hand these to a custom generator; its frame tells whether the user passed them."""
+    if caller.f_code.co_name != "generate":
+        return
+    for name, fix in _DROPPED.items():
+        if caller.f_locals.get(name):
+            raise ValueError(f"{name} does not reach specdec through custom_generate= or is not supported; fix: use {fix}")
+
+
+def _refuse(model: Any, config: Any, processors: Any, kwargs: dict[str, Any]) -> None:
     """Refuse by name what would otherwise be ignored."""
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -201,8 +234,9 @@ def _refuse(model: Any, config: Any, processors: Any, synced_gpus: Any, kwargs: 
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; specdec works on decoder-only models")
-    if synced_gpus:
-        raise ValueError("synced_gpus=True is not supported: specdec does not run under ZeRO-3 or FSDP generation")
+    if getattr(model.prepare_inputs_for_generation, "__self__", model) is not model:
+        owner = type(model.prepare_inputs_for_generation.__self__).__name__
+        raise ValueError(f"{owner} prepares the inputs of {type(model).__name__} itself (prompt learning), which specdec does not support")
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         raise ValueError("output_attentions and output_hidden_states are not supported: a step runs over a tree, not over one token")
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
@@ -222,14 +256,15 @@ def _decode(
     if streamer is not None and rows > 1:
         raise ValueError(f"streamer supports one row, this call has {rows} (batch size times num_return_sequences)")
     pads = _left_padding(input_ids, kwargs.get("attention_mask"), kwargs.get("position_ids"))
-    if config.max_length <= length:
-        raise ValueError(f"max_length={config.max_length} leaves no room after {length} prompt tokens; fix: raise max_new_tokens")
+    # A user's criterion of these two kinds replaces transformers' own, so that they, not the config, say where a text ends.
+    criteria = list(criteria or ())
+    max_length = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=config.max_length)
+    eos = frozenset(int(token) for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist())
+    own_criteria = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     sampling = bool(config.do_sample)
     if sampling and seed is None:
         seed = draw_seed()
-    params = SamplingParams(max_new_tokens=config.max_length - length, temperature=1.0 if sampling else 0.0, seed=seed)
-    eos = frozenset(config._eos_token_tensor.tolist()) if config._eos_token_tensor is not None else frozenset()
-    own_criteria = [c for c in criteria or () if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
+    params = SamplingParams(max_new_tokens=max(1, max_length - length), temperature=1.0 if sampling else 0.0, seed=seed)
     keep = config.return_dict_in_generate
     samples = max(1, config.num_return_sequences or 1)
     tokens = input_ids.tolist()
@@ -241,7 +276,7 @@ def _decode(
             eos_token_ids=eos,
             pad_ids=tokens[row][: pads[row]],
             processor=_row_processors(processors, row, rows, samples),
-            stop_check=functools.partial(_criteria_met, own_criteria) if own_criteria else None,
+            stop_check=functools.partial(_criteria_met, own_criteria, input_ids.device) if own_criteria else None,
             record=_Recorder(streamer, keep and config.output_scores, keep and config.output_logits),
         )
         for row in range(rows)
@@ -255,10 +290,11 @@ def _decode(
     return _output(sequences, input_ids, config)
 
 
-def _criteria_met(criteria: list[Any], seq: Sequence) -> bool:
+def _criteria_met(criteria: list[Any], device: torch.device, seq: Sequence) -> bool:
     """Every criterion sees the row's whole text after every token, as in generate(), none is skipped."""
-    ids = seq.buffer.with_path([])
-    return any([bool(torch.as_tensor(criterion(ids, None)).any()) for criterion in criteria])
+    ids = seq.buffer.with_path([]).to(device)
+    scores = None if seq.record.scores is None else tuple(step[None] for step in seq.record.scores[: seq.output_length])
+    return any([bool(torch.as_tensor(criterion(ids, scores)).any()) for criterion in criteria])
 
 
 def _left_padding(input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> list[int]:
@@ -303,7 +339,20 @@ def _bound_to_row(processor: Any, row: int, prompt: int) -> Any:
         elif isinstance(own, EncoderNoRepeatNGramLogitsProcessor):
             own.batch_size, own.generated_ngrams = 1, [own.generated_ngrams[prompt]]
         return own
-    return copy.deepcopy(processor)
+    return _own_copy(processor)
+
+
+def _own_copy(processor: Any) -> Any:
+    """A copy whose state belongs to one row; what is heavy and no state (models, tokenizers) is shared."""
+    attributes = getattr(processor, "__dict__", {}).values()
+    shared = {id(value): value for value in attributes if isinstance(value, (torch.nn.Module, PreTrainedTokenizerBase))}
+    try:
+        return copy.deepcopy(processor, shared)
+    except (TypeError, RuntimeError, copy.Error) as error:
+        raise ValueError(
+            f"logits_processor {type(processor).__name__} cannot be copied for each row of the batch ({error}); "
+            "fix: give it a __deepcopy__, or call with one row"
+        ) from error
 
 
 def _allowed_in_row(allowed: Callable[[int, torch.Tensor], list[int]], row: int, _batch: int, ids: torch.Tensor) -> list[int]:

@@ -62,12 +62,14 @@ class KVCache(Cache):
         layers: one LayerShape a layer, in the order of the model's layer indices.
         rows: sequences held at once; grows by doubling.
         capacity: slots a row; grows by doubling.
+        zero_stale: set the slots past a row's P + n to zero in the views that write returns. A model's own attention multiplies
+            masked slots by 0, and stale memory may hold NaN.
     """
 
-    def __init__(self, layers: Seq[LayerShape], rows: int = 1, capacity: int = 256) -> None:
+    def __init__(self, layers: Seq[LayerShape], rows: int = 1, capacity: int = 256, zero_stale: bool = False) -> None:
         super().__init__(layers=[KVLayer(self, index) for index in range(len(layers))])
         self._shapes = list(layers)
-        self.rows, self.capacity = rows, capacity
+        self.rows, self.capacity, self._zero_stale = rows, capacity, zero_stale
         self.lengths = [0] * rows  # [R] committed slots, P
         self.first_row = 0  # rows first_row .. first_row+len(starts)-1 take part in the forward under way
         self.starts: list[int] = []
@@ -132,10 +134,13 @@ class KVCache(Cache):
         last = self.first_row + len(self.starts)
         key_rows = self._buffers[key_group][key_index, self.first_row : last]
         value_rows = self._buffers[value_group][value_index, self.first_row : last]
+        end = self.window_end
         for row, (start, count) in enumerate(zip(self.starts, self.counts)):
             key_rows[row, :, start : start + count] = keys[row, :, :count]
             value_rows[row, :, start : start + count] = values[row, :, :count]
-        end = self.window_end
+            if self._zero_stale and start + count < end:
+                key_rows[row, :, start + count : end] = 0
+                value_rows[row, :, start + count : end] = 0
         return key_rows[:, :, :end], value_rows[:, :, :end]
 
     def commit(self, row: int, nodes: Seq[int]) -> None:

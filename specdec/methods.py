@@ -23,9 +23,9 @@ class Method:
 
 
 def _none(vocab_size: int, cost_model: CostModel | None) -> TreeBuilder:
-    from specdec.trees.chain import RootOnly
+    from specdec.trees.chain import Chain, NoSource
 
-    return RootOnly()
+    return Chain(NoSource())
 
 
 def _ngram(vocab_size: int, cost_model: CostModel | None) -> TreeBuilder:

@@ -44,7 +44,7 @@ def load(
 
     Args:
         name_or_path: local folder or hub name; None is the embedded model.
-        dtype: "bfloat16", "float32", ... or a torch.dtype; None or "auto" keeps the checkpoint's (float32 for the embedded model).
+        dtype: "bfloat16", "float32", ... or a torch.dtype; None or "auto" keeps the checkpoint's (embedded: float32).
         device: where to put it; None is "cuda" where there is one, else "cpu".
 
     Raises:
@@ -100,7 +100,8 @@ def embedded_model_path() -> Path:
             if not folder.is_dir():
                 _convert_atomically(gguf, folder)
     except PermissionError as error:
-        raise OSError(f"cannot write the model cache {folder.parent}: {error}. Set SPECDEC_CACHE to a folder that can be written") from error
+        fix = "set SPECDEC_CACHE to a folder that can be written"
+        raise OSError(f"the model cache {folder.parent} cannot be written ({error}); {fix}") from error
     return folder
 
 

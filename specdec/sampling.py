@@ -108,11 +108,15 @@ class Law:
         if self._greedy:
             token = argmax(scores)
         else:
-            token = self._seq.randomness.choose(self._position(node), scores)
+            token = self._seq.randomness.choose(self.position(node), scores)
         score = scores[token].item()  # argmax lands on NaN if there is one, and on -inf only if nothing else is left
         if not math.isfinite(score) and not (self._greedy and score == math.inf):
             self._refuse(node, score)
         return token
+
+    def ends(self, token: int) -> bool:
+        """The text ends with `token`: no node behind it is visited, where a grammar would have nothing left to allow."""
+        return token in self._seq.eos_token_ids or token in self._seq.params.stop_token_ids
 
     def logprob(self, node: int, token: int) -> float:
         """log softmax(scores(node))[token]; temperature 0 is reported as the law of the unscaled scores."""
@@ -125,16 +129,21 @@ class Law:
         if self._processor is not None:
             path = [int(self._tree.tokens[ancestor]) for ancestor in self._tree.path(node)[1:]] if node != ROOT else []
             scores = self._processor(self._seq.buffer.with_path(path).to(raw.device), raw)
+            if scores.shape != raw.shape:
+                raise ValueError(
+                    f"logits_processor returned scores of shape {list(scores.shape)} for {list(raw.shape)}: it is called with "
+                    "one row at a time; fix: make it independent of the batch, or call with one prompt"
+                )
         if self.visited is not None:
             self.visited[node] = (raw[0], scores[0])
         return scores[0]
 
-    def _position(self, node: int) -> int:
+    def position(self, node: int) -> int:
         """Absolute position of the token after `node`, padding not counted."""
         return len(self._seq.token_ids) + int(self._tree.depths[node])
 
     def _refuse(self, node: int, score: float) -> None:
-        where = f"at position {self._position(node)} (node {node} of the tree)"
+        where = f"at position {self.position(node)} (node {node} of the tree)"
         if score == -math.inf:
             raise ValueError(
                 f"every token is excluded {where}: the logits, or what the logits processors left of them, are all -inf; "

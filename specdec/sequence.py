@@ -133,6 +133,7 @@ class Sequence:
     accept_lengths: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
+    error: BaseException | None = None  # why it ended with finish_reason "error"; raised to whoever asked for it
     record: Any = None  # the caller's Recorder (streamer, scores, logits), told about every step
     times: dict[str, float] = field(default_factory=dict)  # seconds by phase
 

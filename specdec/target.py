@@ -19,11 +19,11 @@ import torch
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from specdec.attention import TreeBatch, attend, compiled_op
-from specdec.draft_tree import DraftTree, TopK
+from specdec.draft_tree import DraftTree
 from specdec.kv_cache import KVCache, LayerShape
-from specdec.linear import FastLinear
+from specdec.linear import FastLinear, instruction_set
 
-__all__ = ["TargetModel", "UnsupportedModelError", "top_k"]
+__all__ = ["TargetModel", "UnsupportedModelError"]
 
 PREFILL_CHUNK = 256
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -37,13 +37,6 @@ _names = itertools.count()
 
 class UnsupportedModelError(ValueError):
     """This model cannot be accelerated without risking its output; the message says why."""
-
-
-def top_k(logits: torch.Tensor, k: int) -> TopK:
-    """The k largest logits of each row [M, V] with their softmax over those k: the one full-vocabulary pass for learning."""
-    values, tokens = torch.topk(logits, k, dim=-1)
-    probs = torch.softmax(values.float(), -1)
-    return TopK(tokens.to(torch.int32).cpu().numpy(), probs.cpu().numpy())
 
 
 def _text_config(model: PreTrainedModel) -> Any:
@@ -144,7 +137,7 @@ class TargetModel:
         op = "torch.ops.specdec.tree_attention" if compiled_op() else "PyTorch reference"
         return {
             "attention": f"{op} through transformers' attention interface" if self._use_interface else "the model's own, with a 4-D mask",
-            "linear": "torch" if self._linear is None else self._linear.describe(),
+            "linear": f"specdec ({instruction_set()}), {len(self._linear)} layers, up to {self._linear.max_rows} rows" if self._linear else "torch",
         }
 
     # ---- attention ------------------------------------------------------------------------------------------------------
@@ -223,7 +216,7 @@ class TargetModel:
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KVCache of this model's shape."""
-        return KVCache(self._layers, rows, capacity)
+        return KVCache(self._layers, rows, capacity, zero_stale=not self._use_interface)
 
     def _run(self, cache: KVCache, batch: TreeBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int) -> torch.Tensor:
         kwargs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
@@ -350,8 +343,16 @@ class TargetModel:
     def _tree_logits(self, ids: list[int], tree: DraftTree) -> torch.Tensor | None:
         """Logits [N, V] of a tree after ids[:-1]; None if the model did not use specdec's attention in every layer."""
         cache = self.new_cache(1, 16)
-        self.prefill(cache, 0, ids[:-1])
-        logits = self.forward(cache, [tree])[0]
+        try:
+            self.prefill(cache, 0, ids[:-1])
+            logits = self.forward(cache, [tree])[0]
+        except UnsupportedModelError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"specdec cannot accelerate {self.name}: its forward fails on a draft tree ({type(error).__name__}: {error}). "
+                "Fix: call model.generate without specdec"
+            ) from error
         if self._use_interface:
             if len(self._calls) != len(self._layers):
                 return None

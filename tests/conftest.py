@@ -17,7 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specdec.models import is_embedded_installed, load
 
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -28,7 +31,8 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    names = ["input_ids", "attention_mask"]  # no token_type_ids: a llama does not know them
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", model_input_names=names)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -36,8 +40,9 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 def make_tiny_llama(vocab_size: int = 258, **options: Any) -> LlamaForCausalLM:
     """A random llama with 2 layers of width 32, fp32, always the same weights."""
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=2048, bos_token_id=None, eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 2, **options,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048,
+        bos_token_id=None, eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 2, **options,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)

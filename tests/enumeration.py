@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from itertools import product
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +24,8 @@ __all__ = ["Chance", "EnumeratingRandomness", "direct_law", "distance", "exact_l
 
 Outcome = TypeVar("Outcome", bound=Hashable)
 Rule = Callable[[DraftTree, Law, Randomness], Verdict]
+Build = Callable[[Sequence], DraftTree]
+Learn = Callable[[Sequence, DraftTree, Verdict], None]
 Target = Callable[[list[int]], torch.Tensor]  # token ids -> logits [V] of the next token
 
 _IMPOSSIBLE = 1e-15  # what floating point leaves of an interval that is empty
@@ -96,10 +97,13 @@ def exact_law(run: Callable[[Chance], Outcome]) -> dict[Outcome, float]:
 
 def direct_law(scores: Target, prompt: list[int], length: int) -> dict[tuple[int, ...], float]:
     """The law of the next `length` tokens under plain sampling from softmax(scores(prefix))."""
-    law = {(): 1.0}
+    law: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(length):
-        rows = {text: torch.softmax(scores([*prompt, *text]).double(), -1).tolist() for text in law}
-        law = {(*text, y): law[text] * p for text, y in product(law, range(len(rows[()] if () in rows else rows[next(iter(rows))]))) if (p := rows[text][y]) > 0}
+        longer = {}
+        for text, mass in law.items():
+            probs = torch.softmax(scores([*prompt, *text]).double(), -1).tolist()
+            longer.update({(*text, token): mass * p for token, p in enumerate(probs) if p > 0})
+        law = longer
     return law
 
 
@@ -108,7 +112,7 @@ def distance(first: dict[Outcome, float], second: dict[Outcome, float]) -> float
     return 0.5 * sum(abs(first.get(key, 0.0) - second.get(key, 0.0)) for key in first.keys() | second.keys())
 
 
-def speculate(target: Target, rule: Rule, build: Callable[[Sequence], DraftTree], learn: Callable[[Sequence, DraftTree, Verdict], None], seq: Sequence) -> Sequence:
+def speculate(target: Target, rule: Rule, build: Build, learn: Learn, seq: Sequence) -> Sequence:
     """The engine's loop with a toy target: draft, logits of every node by its own path, accept, append, learn."""
     while not seq.finished:
         tree = build(seq)

@@ -24,7 +24,9 @@ class KeyedGumbel(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         length, vocab_size = input_ids.shape[1], scores.shape[1]
-        noise = [row.gumbel(length - pad, vocab_size, scores.device) for row, pad in zip(self.rows, self.pad_lengths)]
+        noise = [
+            row.gumbel(length - pad, vocab_size, scores.device) for row, pad in zip(self.rows, self.pad_lengths, strict=True)
+        ]
         return scores + torch.stack(noise)
 
 

@@ -30,7 +30,9 @@ MIX = {
 }
 FILES = {
     "spec-bench/question.jsonl": [{"question_id": 7, "turns": ["who?", "why?"]}, {"question_id": 8, "turns": ["when?\u2028now"]}],
-    "humanevalfix/humanevalpack_python.jsonl": [{"task_id": "Python/0", "declaration": "def f():\n", "buggy_solution": "    return {1}"}],
+    "humanevalfix/humanevalpack_python.jsonl": [
+        {"task_id": "Python/0", "declaration": "def f():\n", "buggy_solution": "    return {1}"},
+    ],
     "gsm8k/test.jsonl": [{"question": "1 + 1"}, {"question": "2 + 2"}],
 }
 
@@ -45,7 +47,7 @@ def data(tmp_path):
     return tmp_path
 
 
-def row(task: str, method: str, tokens: int, seconds: float, steps: int = 1, group: str = "g", ids: tuple[int, ...] = (1,)) -> Row:
+def row(task: str, method: str, tokens: int, seconds: float, steps: int = 1, group: str = "g", ids=(1,)) -> Row:
     return Row(task, group, method, tokens, steps, seconds, 0.0, list(ids))
 
 
@@ -60,7 +62,8 @@ def test_tasks_follow_mix_json(data):
         ("code-edit/Python/0", "Fix:\ndef f():\n    return {1}"),
         ("gsm8k/1", "2 + 2"),
     ]
-    assert [task.id for task in load_tasks(data, "report", limit=3)] == ["qa/7", "code-edit/Python/0", "gsm8k/1"], "one of each group first"
+    one_of_each_group = ["qa/7", "code-edit/Python/0", "gsm8k/1"]
+    assert [task.id for task in load_tasks(data, "report", limit=3)] == one_of_each_group
     assert [task.id for task in load_tasks(data, "report", groups=["qa"])] == ["qa/7", "qa/8"]
 
 
@@ -215,7 +218,6 @@ def test_make_runners(tiny_llama, tiny_tokenizer):
 @pytest.mark.parametrize("peer", list(PEERS))
 def test_one_ruler(tiny_llama, tiny_tokenizer, peer):
     """Both kinds of runner report the same tokens; a peer's timed tokens leave out what its prefill emitted."""
-    tiny_llama.generation_config.eos_token_id = None
     params, task = specdec.SamplingParams(max_new_tokens=24), Task("t", "g", "abcabcabcabc")
     prompt = encode(tiny_tokenizer, task)
     theirs = PeerRunner(tiny_llama, peer).run(task, prompt, params)
@@ -236,8 +238,8 @@ def test_command_line(tiny_folder, tmp_path):
     app = typer.Typer()
     app.command()(main)
     out = tmp_path / "results" / "run.jsonl"
-    arguments = ["--split", "random", "--methods", "none,ngram,model.generate", "--budget", "4,8", "--mode", "cold", "--limit", "2"]
-    arguments += ["--max-new-tokens", "6", "--dtype", "float32", "--model", tiny_folder, "--out", str(out)]
+    arguments = "--split random --methods none,ngram,model.generate --budget 4,8 --mode cold --limit 2 --max-new-tokens 6 "
+    arguments += f"--dtype float32 --model {tiny_folder} --out {out}"
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     last = json.loads(result.stdout.splitlines()[-1])

@@ -35,7 +35,7 @@ class _Spec:
 
 def test_import_is_quick_and_names_resolve():
     """`import specdec` must not import torch; every public name must exist."""
-    code = "import specdec, sys; assert 'torch' not in sys.modules, 'import specdec imports torch'; [getattr(specdec, n) for n in specdec.__all__]"
+    code = "import specdec, sys; assert 'torch' not in sys.modules; [getattr(specdec, name) for name in specdec.__all__]"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
     assert set(specdec.__all__) <= set(dir(specdec))
     with pytest.raises(AttributeError, match="no attribute 'Engin'"):
@@ -49,7 +49,10 @@ def test_load_local_folder(tiny_folder):
     assert models.load(tiny_folder)[0].dtype == torch.float32, "the checkpoint's own dtype is the default"
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(None, "auto"), ("auto", "auto"), ("bf16", torch.bfloat16), (torch.float16, torch.float16)])
+DTYPES = [(None, "auto"), ("auto", "auto"), ("bf16", torch.bfloat16), (torch.float16, torch.float16)]
+
+
+@pytest.mark.parametrize(("given", "wanted"), DTYPES)
 def test_parse_dtype(given, wanted):
     assert models.parse_dtype(given) == wanted
 

@@ -21,6 +21,7 @@
 #endif
 
 #define SPECDEC_INLINE inline __attribute__((always_inline))
+#define SPECDEC_NOINLINE __attribute__((noinline))
 
 #if defined(__clang__)
 #define SPECDEC_PRAGMA(text) _Pragma(#text)
@@ -37,6 +38,11 @@ namespace {
 
 using c10::BFloat16;
 using c10::Half;
+
+constexpr int64_t kLine = 64;               // bytes of a line of the cache
+constexpr int64_t kOutputs = 32;            // outputs that are computed before they are written to y
+constexpr int64_t kRowsOfBlock = 96;        // at most so many rows of x between two writes
+constexpr int64_t kCacheForX = 192 * 1024;  // bytes of packed rows that stay in the second-level cache beside the weights
 
 // ---- any CPU -----------------------------------------------------------------------------------------------------------
 
@@ -152,7 +158,7 @@ struct Floats {
   static SPECDEC_INLINE Vec load(const float* from) { return _mm256_loadu_ps(from); }
   static SPECDEC_INLINE void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
   static SPECDEC_INLINE Vec fma(Vec a, Vec b, Vec c) {  // in place: with the intrinsic, sums wander and spill
-    asm("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
+    asm volatile("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
     return c;
   }
 };

@@ -21,65 +21,51 @@ SPECDEC_INLINE void step(const T* const (&w)[MR], const typename Format<T>::Pack
   if constexpr (P + 1 < F::kParts) step<T, MR, NR, P + 1>(w, x, x_stride, k, sums);
 }
 
-// Outputs [NR, MR] from MR rows of weight and NR packed rows of x, of which the first `count` columns are stored.
+// The weights of the tile after this one, fetched meanwhile: rows follow each other, so one run of bytes.
+struct Ahead {
+  const char* from;
+  int64_t bytes_a_step;  // 0: nothing to fetch
+};
+
+// y[n, m] = w[m] . x[n] + bias[m] for MR rows of weight and NR packed rows of x; y's rows are kOutputs apart.
 template <class T, int MR, int NR>
-SPECDEC_INLINE void tile(const LinearArgs& args, int64_t out, int64_t count, const typename Format<T>::Packed* x,
-                         int64_t x_stride, T* y, bool prefetch) {
+SPECDEC_NOINLINE void tile(const T* const (&w)[MR], const typename Format<T>::Packed* x, int64_t x_stride, int64_t in_features,
+                         const float* bias, T* y, Ahead ahead) {
   using F = Format<T>;
-  const T* w[MR];
-  for (int m = 0; m < MR; ++m)  // past the last row: that row again, not stored
-    w[m] = static_cast<const T*>(args.weight) + (m < count ? out + m : out) * args.in_features;
   Vec sums[MR][NR];
   for (int m = 0; m < MR; ++m)
     for (int n = 0; n < NR; ++n) sums[m][n] = zero();
 
-  const int64_t full = args.in_features / F::kStep * F::kStep, ahead = MR * args.in_features;
+  const int64_t full = in_features / F::kStep * F::kStep;
   for (int64_t k = 0; k < full; k += F::kStep) {
-    if (prefetch)
-      for (int m = 0; m < MR; ++m) __builtin_prefetch(w[m] + ahead + k);
+    for (const char* stop = ahead.from + ahead.bytes_a_step; ahead.from < stop; ahead.from += kLine)
+      __builtin_prefetch(ahead.from);
     step<T, MR, NR>(w, x, x_stride, k, sums);
   }
-  if (full < args.in_features) {
+  if (full < in_features) {
     T rest[MR][F::kStep] = {};
     const T* rests[MR];
     for (int m = 0; m < MR; ++m) {
-      std::memcpy(rest[m], w[m] + full, (args.in_features - full) * sizeof(T));
+      std::memcpy(rest[m], w[m] + full, (in_features - full) * sizeof(T));
       rests[m] = rest[m];
     }
     step<T, MR, NR>(rests, x + full, x_stride, 0, sums);
   }
 
-  for (int m = 0; m < MR && m < count; m += 4) {
-    const int64_t used = count - m < 4 ? count - m : 4;
-    Quad bias;
-    if (args.bias != nullptr) {
-      T four[4] = {};
-      std::memcpy(four, static_cast<const T*>(args.bias) + out + m, used * sizeof(T));
-      bias = load4(four);
-    }
-    for (int n = 0; n < NR; ++n) {
-      Quad quad = sum4(sums[m][n], sums[m + 1][n], sums[m + 2][n], sums[m + 3][n]);
-      if (args.bias != nullptr) quad = add(quad, bias);
-      T* to = y + n * args.out_features + out + m;
-      if (used == 4) {
-        store4(to, quad);
-      } else {
-        T four[4];
-        store4(four, quad);
-        std::memcpy(to, four, used * sizeof(T));
-      }
-    }
-  }
+  for (int m = 0; m < MR; m += 4)
+    for (int n = 0; n < NR; ++n)
+      store4(y + n * kOutputs + m,
+             add(sum4(sums[m][n], sums[m + 1][n], sums[m + 2][n], sums[m + 3][n]), load4(bias + m)));
 }
 
-// A tile of 4 rows of weight and `rows` <= NR rows of x.
-template <class T, int NR>
-SPECDEC_INLINE void tile_of(int64_t rows, const LinearArgs& args, int64_t out, int64_t count,
-                            const typename Format<T>::Packed* x, int64_t x_stride, T* y, bool prefetch) {
+// A tile of `rows` <= NR rows of x.
+template <class T, int MR, int NR>
+SPECDEC_INLINE void tile_of(int64_t rows, const T* const (&w)[MR], const typename Format<T>::Packed* x, int64_t x_stride,
+                            int64_t in_features, const float* bias, T* y, Ahead ahead) {
   if constexpr (NR > 1) {
-    if (rows < NR) return tile_of<T, NR - 1>(rows, args, out, count, x, x_stride, y, prefetch);
+    if (rows < NR) return tile_of<T, MR, NR - 1>(rows, w, x, x_stride, in_features, bias, y, ahead);
   }
-  tile<T, 4, NR>(args, out, count, x, x_stride, y, prefetch);
+  tile<T, MR, NR>(w, x, x_stride, in_features, bias, y, ahead);
 }
 
 template <class T>
@@ -88,23 +74,50 @@ int64_t packed_stride(const LinearArgs& args) {
   return (args.in_features + step - 1) / step * step;
 }
 
+// y[first_row : first_row + rows, out : out + count] for count <= kOutputs, MR outputs and up to NR rows at a time.
+template <class T, int MR, int NR>
+void multiply_block(const LinearArgs& args, const void* packed, int64_t first_row, int64_t rows, int64_t out, int64_t count) {
+  using F = Format<T>;
+  const int64_t x_stride = packed_stride<T>(args), groups = (rows + NR - 1) / NR;
+  const auto* x = static_cast<const typename F::Packed*>(packed) + first_row * x_stride;
+  float bias[kOutputs] = {};
+  if (args.bias != nullptr)
+    for (int64_t m = 0; m < count; ++m) bias[m] = float(static_cast<const T*>(args.bias)[out + m]);
+
+  T block[kRowsOfBlock * kOutputs];  // whole lines of y are written at once: its rows may share one set of the cache
+  for (int64_t done = 0; done < count; done += MR) {
+    const T* w[MR];
+    for (int m = 0; m < MR; ++m)  // past the last row: the first again, not stored
+      w[m] = static_cast<const T*>(args.weight) + (out + done + (done + m < count ? m : 0)) * args.in_features;
+    const char* next = reinterpret_cast<const char*>(w[0] + MR * args.in_features);
+    const int64_t next_bytes = first_row == 0 ? MR * F::kStep * int64_t(sizeof(T)) : 0;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t begin = rows * group / groups, size = rows * (group + 1) / groups - begin;
+      const int64_t half = next_bytes * args.in_features / F::kStep / 2;
+      const Ahead ahead = groups == 1 ? Ahead{next, next_bytes} : Ahead{next + group * half, group < 2 ? next_bytes / 2 : 0};
+      tile_of<T, MR, NR>(size, w, x + begin * x_stride, x_stride, args.in_features, bias + done,
+                         block + begin * kOutputs + done, ahead);
+    }
+  }
+  for (int64_t n = 0; n < rows; ++n)
+    std::memcpy(static_cast<T*>(args.y) + (first_row + n) * args.out_features + out, block + n * kOutputs, count * sizeof(T));
+}
+
 // y[:, out_begin:out_end]
 template <class T>
 void multiply(const LinearArgs& args, const void* packed, int64_t out_begin, int64_t out_end) {
-  const auto* x = static_cast<const typename Format<T>::Packed*>(packed);
-  const int64_t x_stride = packed_stride<T>(args);
-  T* y = static_cast<T*>(args.y);
-  if (args.rows == 1) {  // 8 sums in flight hide the latency of an addition, 4 do not
-    for (int64_t out = out_begin; out < out_end; out += 8)
-      tile<T, 8, 1>(args, out, out_end - out, x, x_stride, y, out + 16 <= out_end);
-    return;
-  }
-  const int64_t groups = (args.rows + kMaxRows - 1) / kMaxRows;
-  for (int64_t out = out_begin; out < out_end; out += 4) {
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t first = args.rows * group / groups, rows = args.rows * (group + 1) / groups - first;
-      tile_of<T, kMaxRows>(rows, args, out, out_end - out, x + first * x_stride, x_stride, y + first * args.out_features,
-                           group == 0 && out + 8 <= out_end);
+  const int64_t row_bytes = packed_stride<T>(args) * sizeof(typename Format<T>::Packed);
+  const int64_t fitting = std::clamp<int64_t>(kCacheForX / std::max<int64_t>(1, row_bytes), 4 * kMaxRows, kRowsOfBlock);
+  const int64_t blocks = (args.rows + fitting - 1) / fitting;
+  for (int64_t out = out_begin; out < out_end; out += kOutputs) {
+    const int64_t count = std::min<int64_t>(kOutputs, out_end - out);
+    if (args.rows == 1) {  // 8 sums in flight hide the latency of an addition, 4 do not
+      multiply_block<T, 8, 1>(args, packed, 0, 1, out, count);
+      continue;
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = args.rows * block / blocks, rows = args.rows * (block + 1) / blocks - first;
+      multiply_block<T, 4, kMaxRows>(args, packed, first, rows, out, count);
     }
   }
 }

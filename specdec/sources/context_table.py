@@ -1,6 +1,6 @@
 """Table of next-token guesses keyed by the last one, two and three tokens.
 
-Token Recycling (arXiv 2408.16696 -> drafting.md 3) keeps the most probable next tokens the model ever announced after a token;
+Token Recycling (arXiv 2408.08696, drafting.md 3) keeps the most probable next tokens the model ever announced after a token;
 this table keeps them after the last `order` tokens, order 1..3, in one bounded hash table, with their probabilities. A row that
 is observed again is merged with what it held (`keep` of the old mass stays), so that one odd context does not wipe it out.
 Worked example after observing the model at "the cat sat" -> {on: .6, down: .3}::
@@ -12,13 +12,15 @@ Worked example after observing the model at "the cat sat" -> {on: .6, down: .3}:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from specdec._jit import njit
+from specdec.draft_tree import TopK
 
-__all__ = ["MAX_ORDER", "ContextTable", "TableArrays", "lookup", "observe"]
+__all__ = ["MAX_ORDER", "ContextTable", "TableArrays", "lookup"]
 
 MAX_ORDER = 3
 _PROBES = 8  # slots that one key may live in
@@ -142,6 +144,112 @@ def observe(table: TableArrays, tail: np.ndarray, end: int, tokens: np.ndarray, 
 
 
 @njit
-def _observe_many(table: TableArrays, tails: np.ndarray, first: int, tokens: np.ndarray, probs: np.ndarray, keep: np.ndarray) -> None:
+def _observe_many(table: TableArrays, text: np.ndarray, first: int, tokens: np.ndarray, probs: np.ndarray, keep: np.ndarray) -> None:
     for row in range(len(tokens)):
-        observe(table, tails, first + row, tokens[row], probs[row], keep)
+        observe(table, text, first + row, tokens[row], probs[row], keep)
+
+
+@njit
+def _observe_nodes(table: TableArrays, tails: np.ndarray, order: np.ndarray, tokens: np.ndarray, probs: np.ndarray, keep: np.ndarray) -> None:
+    for node in order:
+        observe(table, tails[node], tails.shape[1] - 1, tokens[node], probs[node], keep)
+
+
+@njit
+def _rehash(old: TableArrays, new: TableArrays) -> None:
+    """Move all rows to a larger table; oldest rows give way where a probe window is full."""
+    for row in range(len(old.keys)):
+        if old.keys[row, MAX_ORDER - 1] == _EMPTY:
+            continue
+        order = MAX_ORDER
+        while old.keys[row, MAX_ORDER - order] == _EMPTY:
+            order -= 1
+        slot = ~_slot(new, old.keys[row], MAX_ORDER - 1, order)
+        if new.keys[slot, MAX_ORDER - 1] == _EMPTY:
+            new.clock[1] += 1
+        new.keys[slot], new.stamps[slot] = old.keys[row], old.stamps[row]
+        new.tokens[slot], new.probs[slot] = old.tokens[row], old.probs[row]
+    new.clock[0] = old.clock[0]
+
+
+class ContextTable:
+    """Bounded table of the model's own next-token guesses by the last 1..3 tokens.
+
+    Args:
+        k: tokens a row, 1..8.
+        capacity: most rows, a power of two; 80 bytes each at k = 8. The table starts small and doubles as it fills.
+        keep: share of an existing row that stays when orders 1, 2, 3 are observed again, each in [0, 1).
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, k: int = 8, capacity: int = 1 << 18, keep: tuple[float, float, float] = (0.5, 0.3, 0.0)) -> None:
+        if not 1 <= k <= 8:
+            raise ValueError(f"k must be 1..8 tokens a row, got {k}")
+        if capacity < 64 or capacity & (capacity - 1):
+            raise ValueError(f"capacity must be a power of two of at least 64 rows, got {capacity}")
+        if len(keep) != MAX_ORDER or not all(0 <= share < 1 for share in keep):
+            raise ValueError(f"keep must be {MAX_ORDER} shares in [0, 1), got {keep!r}")
+        self.k = k
+        self.capacity = capacity
+        self._keep = np.array([0.0, *keep])
+        self.clear()
+
+    def __len__(self) -> int:
+        """Rows in use."""
+        return int(self.arrays.clock[1])
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.arrays = self._allocate(min(1 << 13, self.capacity))
+
+    def observe_text(self, tokens: np.ndarray, first: int, top: TopK) -> None:
+        """Harvest a prompt: row i of `top` is what the model expects after tokens[first + i] (int32)."""
+        self._make_room(MAX_ORDER * len(top.tokens))
+        _observe_many(self.arrays, tokens, first, top.tokens, top.probs, self._keep)
+
+    def observe_nodes(self, tails: np.ndarray, order: np.ndarray, top: TopK) -> None:
+        """Learn from the nodes of a tree, tails [N, T] int32 ending in each node, in the order given: the last one wins."""
+        self._make_room(MAX_ORDER * len(order))
+        _observe_nodes(self.arrays, tails, order, top.tokens, top.probs, self._keep)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The rows in use, for `load_state`."""
+        used = np.flatnonzero(self.arrays.keys[:, -1] != _EMPTY)
+        names = ("keys", "stamps", "tokens", "probs")
+        return {name: getattr(self.arrays, name)[used] for name in names} | {"clock": self.arrays.clock.copy()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Replace the content by a saved one.
+
+        Raises:
+            ValueError: arrays are missing or do not fit together, or hold more tokens a row than k.
+        """
+        missing = [name for name in TableArrays._fields if name not in state]
+        if missing:
+            raise ValueError(f"state lacks {missing}; pass what ContextTable.state() returned")
+        rows = len(state["keys"])
+        shapes = {"keys": (rows, MAX_ORDER), "stamps": (rows,), "tokens": (rows, self.k), "probs": (rows, self.k), "clock": (2,)}
+        for name, shape in shapes.items():
+            if state[name].shape != shape:
+                raise ValueError(f"state[{name!r}] has shape {state[name].shape}, expected {shape}: saved with another k or damaged")
+        self.clear()
+        self._make_room(rows)
+        saved = TableArrays(*[np.ascontiguousarray(state[name], getattr(self.arrays, name).dtype) for name in TableArrays._fields])
+        _rehash(saved, self.arrays)
+
+    def _make_room(self, new: int) -> None:
+        """Double while `new` rows more than fill half of the slots."""
+        slots = len(self.arrays.keys)
+        while slots < self.capacity and 2 * (len(self) + new) > slots:
+            slots *= 2
+        if slots > len(self.arrays.keys):
+            old, self.arrays = self.arrays, self._allocate(slots)
+            _rehash(old, self.arrays)
+
+    def _allocate(self, slots: int) -> TableArrays:
+        return TableArrays(
+            np.full((slots, MAX_ORDER), _EMPTY, np.int32), np.zeros(slots, np.int64), np.full((slots, self.k), -1, np.int32),
+            np.zeros((slots, self.k), np.float32), np.zeros(2, np.int64),
+        )  # fmt: skip

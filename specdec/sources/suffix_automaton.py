@@ -5,7 +5,7 @@ to the match are SuffixDecoding's (arXiv 2411.04975). Two rules: the match is th
 never its own match; each token is a vote for itself at every state whose strings it continues. Worked example::
 
     text   1 2 3 9 1 2 3 8 1 2 3        match: 1 2 3 (length 3), two occurrences, followed by 9 once and by 8 once
-    chain  8 1 2 3 8 ...                 a tie goes to the most recent; agreement 1/2; at the end of the text the match repeats
+    chain  8 1 2 (3 8 1 ...)             a tie goes to the most recent; agreement 1/2; cut where it is less likely than `floor`
 
 Memory: at most 2 states and 3 transitions a token, in flat arrays that double: at most 136 bytes a token of capacity, of which
 texts use 65 to 91.
@@ -245,6 +245,12 @@ class SuffixAutomaton:
         ValueError: a number is out of range.
     """
 
+    _states: np.ndarray  # [2 capacity + 1, 5] int32
+    _edges: np.ndarray  # [3 capacity, 5] int32
+    _buckets: np.ndarray  # [power of two >= 4 capacity] int32: edge + 1 by hash of (state, token); 0: free
+    _text: np.ndarray  # [capacity] int32
+    _sizes: np.ndarray  # [4] int64
+
     def __init__(self, capacity: int = 1024, max_tokens: int = 1 << 17, floor: float = 0.1) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be >= 1 (tokens to reserve), got {capacity}")
@@ -373,7 +379,7 @@ class SuffixSource:
     """
 
     def __init__(
-        self, factor: float = 1.0, offset: float = 0.0, min_match: int = 1, local_bias: int = 2, max_tokens: int = 1 << 17,
+        self, factor: float = 2.0, offset: float = 0.0, min_match: int = 1, local_bias: int = 0, max_tokens: int = 1 << 17,
         share_every: int = 256, context: int = 32,
     ) -> None:  # fmt: skip
         if factor < 0 or not math.isfinite(factor) or not math.isfinite(offset):

@@ -10,14 +10,31 @@ from typing import Any
 
 from specdec.draft_tree import DraftTree, TopK, Verdict
 from specdec.sequence import Sequence
+from specdec.sources.base import Chain as Draft
 from specdec.sources.base import ChainSource
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "NoSource"]
+
+
+class NoSource:
+    """Proposes nothing: plain decoding in the same loop."""
+
+    def start(self, seq: Sequence) -> None: ...
+
+    def chain(self, seq: Sequence, max_len: int) -> Draft:
+        return Draft.empty()
+
+    def update(self, seq: Sequence, emitted: Seq[int]) -> None: ...
+
+    def finish(self, seq: Sequence) -> None: ...
+
+    def reset(self) -> None: ...
 
 
 class Chain:
     """Tree builder around one ChainSource; it needs no logits."""
 
+    sizes_itself = False
     top_k = 0
 
     def __init__(self, source: ChainSource) -> None:

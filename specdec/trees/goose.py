@@ -27,7 +27,7 @@ import numpy as np
 from specdec._jit import njit
 from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Source, TopK, Verdict
 from specdec.sequence import Sequence
-from specdec.sources.ngram import IndexArrays, NgramIndex, find, match_length
+from specdec.sources.ngram import SEPARATOR, IndexArrays, NgramIndex, find, match_length
 from specdec.sources.token_recycling import BIGRAM, AdjacencyTable, TableArrays, lookup_row
 from specdec.trees.template import observe_prompt, observe_tree
 
@@ -46,6 +46,7 @@ DECAY = 0.998
 OCCURRENCES = 16
 LONGEST_MATCH = 32
 NO_SPINE = -1
+POOL_HANDICAP = 1  # tokens by which a match in another request must be longer than one in this request
 _CONTEXT, _TABLE, _BOTH = int(Source.CONTEXT), int(Source.TABLE), int(Source.BOTH)
 
 
@@ -63,14 +64,14 @@ class _Growth(NamedTuple):
     tokens: np.ndarray  # [N] int64
     parents: np.ndarray  # [N] int32
     source: np.ndarray  # [N] uint8
-    depths: np.ndarray  # [N] int32
-    spine: np.ndarray  # [N] int32: spine tokens on the path to this node, NO_SPINE once the path has left it
+    depths: np.ndarray  # [N] int64
+    spine: np.ndarray  # [N] int64: spine tokens on the path to this node, NO_SPINE once the path has left it
     chance: np.ndarray  # [N] float64: of being reached
     child_tokens: np.ndarray  # [N, W] int64
     child_chance: np.ndarray  # [N, W] float64
     child_source: np.ndarray  # [N, W] uint8
-    first: np.ndarray  # [N] int32: children before this one are in the tree
-    last: np.ndarray  # [N] int32: one past the last child
+    first: np.ndarray  # [N] int64: children before this one are in the tree
+    last: np.ndarray  # [N] int64: one past the last child
 
 
 @njit
@@ -102,7 +103,7 @@ def _propose(index: IndexArrays, size: int, tail: np.ndarray, out: np.ndarray) -
     """Fill `out` with the continuation of the longest match of `tail`; (tokens written, match, votes).
 
     The occurrences with the longest true match vote on the first token, the most recent of the winners is copied; a copy
-    that reaches the end of the text goes on with itself, so that a loop is continued.
+    that reaches the end of the text goes on with itself, so that a loop is continued; it stops at a separator.
     """
     end = NO_PARENT
     row = len(index.lengths)
@@ -131,9 +132,15 @@ def _propose(index: IndexArrays, size: int, tail: np.ndarray, out: np.ndarray) -
         if agree > most:
             winner, most = i, agree
     position = ends[winner] + 1
-    for i in range(len(out)):
-        out[i] = index.tokens[position + i] if position + i < size else out[position + i - size]
-    return len(out), longest, SINGLE if voters == 1 else UNANIMOUS if most == voters else DISPUTED
+    written = 0
+    while written < len(out):
+        source = position + written
+        token = index.tokens[source] if source < size else out[source - size]
+        if token == SEPARATOR:
+            break
+        out[written] = token
+        written += 1
+    return written, longest, SINGLE if voters == 1 else UNANIMOUS if most == voters else DISPUTED
 
 
 @njit
@@ -199,9 +206,9 @@ def _best(tree: _Growth, count: int, depth: int) -> int:
     """The node with the most probable child that is not in the tree yet, or -1; the earlier node wins a tie."""
     best, chance = -1, 0.0
     for node in range(count):
-        if tree.first[node] < tree.last[node] and tree.depths[node] < depth:
-            if tree.child_chance[node, tree.first[node]] > chance:
-                best, chance = node, tree.child_chance[node, tree.first[node]]
+        slot = tree.first[node]
+        if slot < tree.last[node] and tree.depths[node] < depth and tree.child_chance[node, slot] > chance:
+            best, chance = node, tree.child_chance[node, slot]
     return best
 
 
@@ -240,7 +247,7 @@ def _grow(
             break
         _expand(tree, node, tree.tokens[tree.parents[node]], spine, table, rates)
         count += 1
-    place = np.full(len(floor_tokens), -1, np.int32)
+    place = np.full(len(floor_tokens), -1, np.int64)
     place[0] = ROOT
     for i in range(1, len(floor_tokens)):
         parent = place[floor_parents[i]]
@@ -324,9 +331,9 @@ def _tree(
     width = table.tokens.shape[1] + 1
     growth = _Growth(
         tokens=np.empty(budget, np.int64), parents=np.empty(budget, np.int32), source=np.zeros(budget, np.uint8),
-        depths=np.zeros(budget, np.int32), spine=np.zeros(budget, np.int32), chance=np.ones(budget),
+        depths=np.zeros(budget, np.int64), spine=np.zeros(budget, np.int64), chance=np.ones(budget),
         child_tokens=np.empty((budget, width), np.int64), child_chance=np.empty((budget, width)),
-        child_source=np.empty((budget, width), np.uint8), first=np.zeros(budget, np.int32), last=np.zeros(budget, np.int32),
+        child_source=np.empty((budget, width), np.uint8), first=np.zeros(budget, np.int64), last=np.zeros(budget, np.int64),
     )  # fmt: skip
     growth.tokens[ROOT], growth.parents[ROOT] = root, NO_PARENT
     if floor is None:
@@ -341,6 +348,12 @@ class _Request:
     seen: int  # tokens of the request that are in the index
 
 
+def _spine(index: NgramIndex, tail: np.ndarray, limit: int) -> Spine:
+    out = np.empty(limit, np.int64)
+    count, match, votes = _propose(index.arrays, index.size, tail, out)
+    return Spine(out[:count], int(match), int(votes))
+
+
 class Goose:
     """Builder: one request's own text and a table of successors shared by all requests, under a hard node budget.
 
@@ -349,6 +362,7 @@ class Goose:
         top_k: successors kept for a key.
         lengths: n-gram lengths of the text index.
         min_chance: nodes less likely to be reached than this are not drafted.
+        pool_capacity: tokens of finished requests in which a spine is looked for too, 0 or >= 64.
         floor: share of the drafts guaranteed to the spine, and again to the table's own tree.
         prefill_harvest: fill the table from the prompt's logits too.
 
@@ -356,12 +370,15 @@ class Goose:
         ValueError: an argument is out of range.
     """
 
+    sizes_itself = False
+
     def __init__(
         self,
         vocab_size: int,
         top_k: int = 10,
         lengths: Seq[int] = (1, 2, 3, 4, 6, 8),
-        min_chance: float = 0.004,
+        min_chance: float = 0.001,
+        pool_capacity: int = 1 << 16,
         floor: float = 0.125,
         prefill_harvest: bool = True,
     ) -> None:
@@ -376,6 +393,7 @@ class Goose:
         self._prior = _prior()
         self._counts = np.zeros((len(self._prior), 2))
         self.rates = self._prior.copy()  # [classes]: current chance of every class of edges
+        self.pool = NgramIndex(self.lengths, pool_capacity) if pool_capacity else None
         self._requests: dict[int, _Request] = {}
 
     def start(self, seq: Sequence) -> None:
@@ -404,10 +422,13 @@ class Goose:
 
     def spine(self, seq: Sequence, limit: int) -> Spine:
         """The continuation that the request's text suggests, at most `limit` tokens."""
-        index = self._requests[seq.id].index
-        out = np.empty(limit, np.int64)
-        count, match, votes = _propose(index.arrays, index.size, index.tokens[-LONGEST_MATCH:], out)
-        return Spine(out[:count], int(match), int(votes))
+        own = self._requests[seq.id].index
+        tail = own.tokens[-LONGEST_MATCH:]
+        spine = _spine(own, tail, limit)
+        if self.pool is None or spine.match >= LONGEST_MATCH:
+            return spine
+        other = _spine(self.pool, tail, limit)
+        return other if other.match > spine.match + POOL_HANDICAP and len(other.tokens) else spine
 
     def update(self, seq: Sequence, tree: DraftTree, verdict: Verdict, top: TopK | None) -> None:
         request = self._requests[seq.id]
@@ -422,11 +443,14 @@ class Goose:
             observe_tree(self.table, prev, tree, verdict, top)
 
     def finish(self, seq: Sequence) -> None:
-        self._requests.pop(seq.id, None)
+        if self._requests.pop(seq.id, None) is not None and self.pool is not None:
+            self.pool.extend([*seq.token_ids, SEPARATOR])
 
     def reset(self) -> None:
         self.table.reset()
         self._counts[:] = 0
+        if self.pool is not None:
+            self.pool.clear()
         self.rates[:] = self._prior
 
     def state(self) -> dict[str, Any]:
@@ -440,7 +464,9 @@ class Goose:
         """
         counts = np.asarray(state.get("goose_counts", np.zeros_like(self._counts)), np.float64)
         if counts.shape != self._counts.shape or not np.isfinite(counts).all():
-            raise ValueError(f"goose_counts must be {self._counts.shape} finite numbers, got shape {counts.shape}; drop it to start anew")
+            raise ValueError(
+                f"goose_counts must be {self._counts.shape} finite numbers, got shape {counts.shape}; drop it to start anew"
+            )
         self.table.load_state({name: array for name, array in state.items() if name != "goose_counts"})
         self._counts[:] = counts
         self.rates[:] = (counts[:, 0] + PRIOR_WEIGHT * self._prior) / (counts[:, 1] + PRIOR_WEIGHT)

@@ -67,7 +67,9 @@ class ContextMatcher:
 
     def __init__(self, lengths: Seq[int] = (5, 4, 3), max_continuation: int = 20) -> None:
         if not lengths or min(lengths) < 1 or max_continuation < 1:
-            raise ValueError(f"lengths and max_continuation must be >= 1, got lengths={tuple(lengths)}, max_continuation={max_continuation}")
+            raise ValueError(
+                f"lengths and max_continuation must be >= 1, got lengths={tuple(lengths)}, max_continuation={max_continuation}"
+            )
         self.lengths = tuple(sorted(lengths, reverse=True))
         self.max_continuation = max_continuation
         self.pool: list[int] = []
@@ -98,7 +100,7 @@ class ContextMatcher:
         return None
 
     def match(self, suffix: Seq[int]) -> list[int]:
-        """Up to max_continuation tokens that followed the oldest occurrence of the longest known n-gram at the end of `suffix`."""
+        """Up to max_continuation tokens that followed the oldest occurrence of the longest n-gram at the end of `suffix`."""
         seen = self._find(suffix)
         return [] if seen is None else self.pool[seen.first : seen.first + self.max_continuation]
 
@@ -191,7 +193,9 @@ class _Growth:
             self.branches(node, min(width, max(1, self.config.adjacency_top_k // self.depths[node]), remaining))
 
     def tree(self) -> DraftTree:
-        return DraftTree(np.array(self.tokens, np.int64), np.array(self.parents, np.int32), source=np.array(self.sources, np.uint8))
+        return DraftTree(
+            np.array(self.tokens, np.int64), np.array(self.parents, np.int32), source=np.array(self.sources, np.uint8)
+        )
 
 
 class GoosePublished:
@@ -200,6 +204,7 @@ class GoosePublished:
     `build` takes the paper's B from `budgets`; a budget of 1 still means a plain step, and depth is a hard cap.
     """
 
+    sizes_itself = False
     hard_cap = False
 
     def __init__(self, vocab_size: int, config: GooseConfig | None = None) -> None:

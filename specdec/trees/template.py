@@ -14,8 +14,8 @@ Worked example, template root -> ranks 0 and 1, rank 0 -> rank 0; table: the -> 
                |             |
                r0           sat
 
-`TokenRecycling` also uses the table's bigram tier and the prompt's logits, and re-orders the template as it learns which ranks are
-accepted; `TokenRecyclingPublished` is the paper's: one tier, rows of zeros to begin with, 80 nodes and the root, whatever is known.
+`TokenRecycling` also uses the table's bigram tier and the prompt's logits, and re-orders the template as it learns which ranks
+are accepted; `TokenRecyclingPublished` is the paper's: one tier, rows of zeros to begin with, 81 nodes whatever is known.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Source, TopK, Verdict
 from specdec.sequence import Sequence
 from specdec.sources.token_recycling import AdjacencyTable, TableArrays, lookup_row
 
-__all__ = ["PUBLISHED", "Template", "TokenRecycling", "TokenRecyclingPublished", "best_template", "observe_prompt", "observe_tree"]
+__all__ = [
+    "PUBLISHED",
+    "Template",
+    "TokenRecycling",
+    "TokenRecyclingPublished",
+    "best_template",
+    "observe_prompt",
+    "observe_tree",
+]
 
 MAX_DEPTH = 12  # of a learned template
 SPARE = 3  # nodes of a learned template for each node of the budget
@@ -54,7 +62,9 @@ class Template:
 
     def __post_init__(self) -> None:
         if len(self.ranks) != len(self.parents) or (self.ranks < 0).any():
-            raise ValueError(f"a template needs one rank >= 0 a node, got {len(self.parents)} parents and ranks {self.ranks.tolist()}")
+            raise ValueError(
+                f"a template needs one rank >= 0 a node, got {len(self.parents)} parents and ranks {self.ranks.tolist()}"
+            )
         if len(set(zip(self.parents.tolist(), self.ranks.tolist(), strict=True))) < len(self.ranks):
             raise ValueError("two siblings of the template have one rank: drop one of them")
         DraftTree(np.zeros(len(self.parents)), self.parents)  # refuses parents that are no tree
@@ -65,11 +75,13 @@ class Template:
     @classmethod
     def from_children(cls, levels: Seq[Mapping[tuple[int, ...], int]]) -> Template:
         """From the number of children (ranks 0, 1, ...) of each node, one mapping a level, nodes named by their path of ranks."""
-        parents, ranks, place = [NO_PARENT], [0], {(): ROOT}
+        parents, ranks = [NO_PARENT], [0]
+        place: dict[tuple[int, ...], int] = {(): ROOT}
         for level in levels:
             for path, count in level.items():
                 for rank in range(count):
-                    place[*path, rank] = len(parents)
+                    child = (*path, rank)
+                    place[child] = len(parents)
                     parents.append(place[path])
                     ranks.append(rank)
         return cls(np.array(parents, np.int32), np.array(ranks, np.int32))
@@ -97,7 +109,7 @@ def best_template(chances: np.ndarray, count: int, depth: int) -> Template:
     """The `count` most probable nodes, most probable first (so that any prefix is the best smaller template).
 
     Args:
-        chances: [k + 1, k]: chances[a, r] = chance that rank r is accepted below an accepted node of rank a; row k: below the root.
+        chances: [k + 1, k]: chances[a, r] = chance of rank r below an accepted node of rank a; row k: below the root.
         count: nodes, root included.
         depth: most levels below the root.
     """
@@ -145,7 +157,9 @@ def _fill(
 
 
 @njit
-def _count_ranks(path: np.ndarray, following: np.ndarray, prev: int, bigram: bool, table: TableArrays, counts: np.ndarray) -> None:
+def _count_ranks(
+    path: np.ndarray, following: np.ndarray, prev: int, bigram: bool, table: TableArrays, counts: np.ndarray
+) -> None:
     """Add to counts [k + 1, k + 1]: [a, r] rank r was right below a node of rank a (k: the root, or none), [a, k]: visits.
 
     Every known rank of a visited node counts, drafted or not.
@@ -209,6 +223,8 @@ class TokenRecycling:
         ValueError: an argument is out of range, or the template asks for a rank that the table does not keep.
     """
 
+    sizes_itself = False
+
     def __init__(
         self,
         vocab_size: int,
@@ -222,9 +238,7 @@ class TokenRecycling:
             raise ValueError(f"refresh must be a number of trees >= 1, got {refresh}")
         self.top_k = min(top_k, vocab_size)
         if template is not None and int(template.ranks.max()) >= self.top_k:
-            raise ValueError(
-                f"the template uses rank {int(template.ranks.max())}, the table keeps {self.top_k}: raise top_k or drop those nodes"
-            )
+            raise ValueError(f"the template uses rank {int(template.ranks.max())}, the table keeps {self.top_k}: raise top_k")
         self.table = AdjacencyTable(vocab_size, self.top_k, **({} if bigram else {"bigram_capacity": 1}))
         self.bigram, self.prefill_harvest, self.refresh = bigram, prefill_harvest, refresh
         self._fixed = template
@@ -299,7 +313,9 @@ class TokenRecycling:
         """
         counts = np.asarray(state.get("rank_counts", np.zeros_like(self._counts)), np.float64)
         if counts.shape != self._counts.shape or not np.isfinite(counts).all():
-            raise ValueError(f"rank_counts must be {self._counts.shape} finite numbers, got shape {counts.shape}; drop it to start anew")
+            raise ValueError(
+                f"rank_counts must be {self._counts.shape} finite numbers, got shape {counts.shape}; drop it to start anew"
+            )
         self.table.load_state({name: array for name, array in state.items() if name != "rank_counts"})
         self._counts[:] = counts
         self._learned = None
@@ -312,6 +328,7 @@ class TokenRecyclingPublished:
     mostly zeros of unfilled rows, are dropped: a lower rank has all the children of a higher one, so nothing accepted is lost.
     """
 
+    sizes_itself = False
     hard_cap = False
 
     def __init__(self, vocab_size: int, template: Template = PUBLISHED) -> None:
@@ -331,8 +348,8 @@ class TokenRecyclingPublished:
     def _build(self, root: int, budget: int, depth: int) -> DraftTree:
         if budget <= 1 or depth <= 0:
             return DraftTree.root_only(root)
-        ranks, paths = self._template.ranks.tolist(), [()]
-        tokens = [root]
+        ranks, tokens = self._template.ranks.tolist(), [root]
+        paths: list[tuple[int, ...]] = [()]
         for node, parent in enumerate(self._template.parents.tolist()[1:], 1):
             tokens.append(int(self.matrix[tokens[parent], ranks[node]]))
             paths.append((*paths[parent], tokens[node]))
@@ -361,5 +378,7 @@ class TokenRecyclingPublished:
         """
         matrix = np.asarray(state.get("matrix"))
         if matrix.shape != self.matrix.shape or matrix.min() < 0 or matrix.max() >= self.vocab_size:
-            raise ValueError(f"matrix must be {self.matrix.shape} ids in [0, {self.vocab_size}), got shape {matrix.shape}; use the same model")
+            raise ValueError(
+                f"matrix must be {self.matrix.shape} ids in [0, {self.vocab_size}), got shape {matrix.shape}; use the same model"
+            )
         self.matrix[:] = matrix

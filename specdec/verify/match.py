@@ -31,7 +31,7 @@ def match(tree: DraftTree, law: Law, randomness: Randomness) -> Verdict:
     nodes = [ROOT]
     while True:
         token = law.draw(nodes[-1])
-        child = tree.child(nodes[-1], token)
+        child = -1 if law.ends(token) else tree.child(nodes[-1], token)
         if child < 0:
             return Verdict(np.array(nodes, np.int32), token)
         nodes.append(child)

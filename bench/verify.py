@@ -1,0 +1,282 @@
+"""Long proofs of losslessness on the embedded model: `python -m bench.verify greedy|long|bf16`, all resumable.
+
+* greedy: fp32, 64 new tokens, every prompt of a split, every method, budgets 8 and 60, batch 1 and left-padded ragged batches of
+  5: token for token what `model.generate` says. A mismatch prints the logit gap and is run again in fp64; no prompt is dropped.
+* long: the same once at a context of about 4,000 tokens.
+* bf16: near-ties flip with the shape of a matmul there, so the output is teacher-forced through the plain model: the gap of every
+  chosen token to the top logit must be at most twice the largest logit difference between one-token and chain forwards of the
+  same prompts. With --break-mask one ancestor bit of every tree is wrong, and the audit must fail.
+
+Each finished unit is a line of the log; a rerun skips it. The last stdout line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks
+from specdec import METHODS, Engine, SamplingParams, models
+from specdec.draft_tree import DraftTree, TopK
+from specdec.sequence import Sequence as Row
+from specdec.learning import top_k
+
+__all__ = ["PrefixEngine", "gaps", "main", "reference"]
+
+BUDGETS = (8, 60)
+BATCH = 5
+NEW_TOKENS = 64
+console = Console(stderr=True)
+
+
+class PrefixEngine(Engine):
+    """An Engine that remembers the K/V and the top logits of prompts, so that many methods share one prefill."""
+
+    memory: dict[tuple[int, ...], tuple[list[torch.Tensor], list[tuple[int, TopK]]]]
+
+    def _prefill(self, seq: Row) -> None:
+        key = tuple(seq.token_ids[:-1])
+        if key not in self.memory:
+            harvest: list[tuple[int, TopK]] = []
+            self.target.prefill(self.cache, seq.row, key, lambda start, logits: harvest.append((start, top_k(logits, 10))))
+            self.memory[key] = ([tensor.clone() for tensor in self.cache.row_tensors(seq.row)], harvest)
+        saved, harvest = self.memory[key]
+        self.cache.lengths[seq.row] = len(key)
+        for view, tensor in zip(self.cache.row_tensors(seq.row), saved):
+            view.copy_(tensor)
+        if k := self.builder.top_k:
+            for start, top in harvest:
+                kept = top.probs[:, :k]
+                self.builder.observe_prompt(seq, start, TopK(top.tokens[:, :k], kept / kept.sum(-1, keepdims=True)))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One comparison: a method at a budget on one prompt, or on a batch."""
+
+    name: str
+    method: str
+    budget: int
+    prompts: list[list[int]]
+
+
+class Log:
+    """JSON lines, one a finished unit."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self.done: dict[str, dict[str, Any]] = {row["name"]: row for row in map(json.loads, lines)}
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.done[row["name"]] = row
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def reference(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    """`model.generate`, greedy, one prompt."""
+    ids = torch.tensor([prompt])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
+    return output[0, len(prompt) :].tolist()
+
+
+@torch.inference_mode()
+def gaps(model: Any, prompt: Sequence[int], output: Sequence[int]) -> torch.Tensor:
+    """[len(output)] fp32: top logit minus the chosen token's, teacher-forced through the plain model in one forward."""
+    ids = torch.tensor([[*prompt, *output]])
+    logits = model(ids[:, :-1], logits_to_keep=len(output)).logits[0].float()
+    return logits.max(-1).values - logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def rounding(model: Any, prompt: Sequence[int], output: Sequence[int]) -> float:
+    """Largest logit difference between a chain forward and one-token forwards over the same text."""
+    ids = torch.tensor([[*prompt, *output]])
+    chain = model(ids[:, :-1], logits_to_keep=len(output)).logits[0].float()
+    out = model(ids[:, : len(prompt) - 1], use_cache=True)
+    worst = 0.0
+    for step in range(len(output)):
+        position = len(prompt) - 1 + step
+        out = model(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
+        worst = max(worst, float((out.logits[0, -1].float() - chain[step]).abs().max()))
+    return worst
+
+
+def units(prompts: dict[str, list[int]], methods: Sequence[str], budgets: Sequence[int], batch: int) -> Iterator[Unit]:
+    """All comparisons, prompt by prompt so that a prefill serves every method; then the ragged batches."""
+    names = list(prompts)
+    groups = [[name] for name in names] + ([names[i : i + batch] for i in range(0, len(names), batch)] if batch > 1 else [])
+    for group in groups:
+        for method in methods:
+            for budget in budgets:
+                yield Unit(f"{method}@{budget} x{len(group)} {group[0]}", method, budget, [prompts[name] for name in group])
+
+
+def left_padded(prompts: Sequence[list[int]], pad: int) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of a ragged batch, as `model.generate` takes it."""
+    longest = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts]),
+        "attention_mask": torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+    }
+
+
+def outputs(engines: Callable[[str, int], Engine], model: Any, unit: Unit, new_tokens: int) -> list[list[int]]:
+    """specdec's new tokens: through Engine.generate for one prompt, through model.generate with left padding for a batch."""
+    engine = engines(unit.method, unit.budget)
+    if len(unit.prompts) == 1:
+        return [engine.generate(unit.prompts[0], SamplingParams(max_new_tokens=new_tokens)).token_ids]
+    import specdec
+
+    inputs = left_padded(unit.prompts, model.config.pad_token_id or 0)
+    out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, custom_generate=specdec.generate, specdec_engine=engine)
+    return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _trimmed(tokens: list[int], expected: list[int]) -> list[int]:
+    """Without the right padding that a batch brings."""
+    return tokens[: len(expected)]
+
+
+def verify_greedy(model: Any, prompts: dict[str, list[int]], log: Log, methods: Sequence[str], budgets: Sequence[int], batch: int, new_tokens: int) -> int:
+    """Returns the number of units that differ from `model.generate`."""
+    built: dict[tuple[str, int], PrefixEngine] = {}
+    memory: dict[Any, Any] = {}
+    expected: dict[tuple[int, ...], list[int]] = {}
+
+    def engines(method: str, budget: int) -> Engine:
+        if (method, budget) not in built:
+            built[method, budget] = PrefixEngine(model, method=method, budget=budget)
+            built[method, budget].memory = memory
+        return built[method, budget]
+
+    todo = [unit for unit in units(prompts, methods, budgets, batch) if unit.name not in log.done]
+    for unit in track(todo, description="comparing", console=console):
+        for prompt in unit.prompts:
+            if tuple(prompt) not in expected:
+                expected[tuple(prompt)] = reference(model, prompt, new_tokens)
+        while len(memory) > 2 * BATCH:
+            memory.pop(next(iter(memory)))
+        found = outputs(engines, model, unit, new_tokens)
+        wrong = []
+        for prompt, tokens in zip(unit.prompts, found):
+            want = expected[tuple(prompt)]
+            if _trimmed(tokens, want) != want:
+                wrong.append(_explain(model, unit, prompt, want, tokens))
+        log.write({"name": unit.name, "rows": len(unit.prompts), "wrong": wrong})
+        for text in wrong:
+            console.print(f"[red]{unit.name}: {text}")
+    return sum(bool(row["wrong"]) for row in log.done.values())
+
+
+def _explain(model: Any, unit: Unit, prompt: list[int], want: list[int], tokens: list[int]) -> dict[str, Any]:
+    """Where they part, how close the two tokens were, and whether fp64 agrees with model.generate."""
+    at = next(i for i, pair in enumerate(zip(want, [*tokens, -1])) if pair[0] != pair[1])
+    gap = gaps(model, prompt, [*want[:at], tokens[at]])[-1].item() if at < len(tokens) else None
+    dtype = next(model.parameters()).dtype
+    model.double()
+    try:
+        engine = Engine(model, method=unit.method, budget=unit.budget)
+        again = engine.generate(prompt, SamplingParams(max_new_tokens=len(want))).token_ids
+        equal = again == reference(model, prompt, len(want))
+    finally:
+        model.to(dtype)
+    return {"token": at, "gap": gap, "equal_in_fp64": equal}
+
+
+def verify_bf16(model: Any, prompts: dict[str, list[int]], log: Log, methods: Sequence[str], budgets: Sequence[int], new_tokens: int, broken: bool) -> int:
+    """Returns the number of units whose gaps exceed twice the rounding of the plain model."""
+    memory: dict[Any, Any] = {}
+    built: dict[tuple[str, int], PrefixEngine] = {}
+    limits: dict[tuple[int, ...], tuple[list[int], float]] = {}
+    todo = [unit for unit in units(prompts, methods, budgets, 1) if unit.name not in log.done]
+    for unit in track(todo, description="auditing", console=console):
+        (prompt,) = unit.prompts
+        if tuple(prompt) not in limits:
+            plain = reference(model, prompt, new_tokens)
+            limits[tuple(prompt)] = (plain, 2 * rounding(model, prompt, plain))
+        if (unit.method, unit.budget) not in built:
+            engine = built[unit.method, unit.budget] = PrefixEngine(model, method=unit.method, budget=unit.budget)
+            engine.memory = memory
+        with broken_masks() if broken else nullcontext():
+            tokens = built[unit.method, unit.budget].generate(prompt, SamplingParams(max_new_tokens=new_tokens)).token_ids
+        plain, limit = limits[tuple(prompt)]
+        worst = float(gaps(model, prompt, tokens).max())
+        log.write({"name": unit.name, "gap": worst, "limit": limit, "identical": tokens == plain, "wrong": worst > limit})
+    return sum(bool(row["wrong"]) for row in log.done.values())
+
+
+@contextmanager
+def broken_masks() -> Iterator[None]:
+    """Negative control: inside, every node of depth 2 and more is blind to its own parent, one wrong bit a node."""
+    honest = DraftTree.ancestor_mask
+
+    def wrong(tree: DraftTree) -> np.ndarray:
+        mask = honest(tree)
+        deep = np.flatnonzero(tree.depths >= 2)
+        mask[deep, tree.parents[deep]] = False
+        return mask
+
+    DraftTree.ancestor_mask = wrong  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DraftTree.ancestor_mask = honest  # type: ignore[method-assign]
+
+
+def long_prompt(tokenizer: Any, tasks: Sequence[Task], length: int) -> list[int]:
+    """Prompts of the split, one after the other, cut to `length` tokens."""
+    ids: list[int] = []
+    for task in tasks:
+        ids += encode(tokenizer, task)
+    return ids[-length:]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=("greedy", "long", "bf16"))
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--split", default="report")
+    parser.add_argument("--limit", type=int, default=None, help="prompts, spread over the groups")
+    parser.add_argument("--methods", default=",".join(name for name in METHODS if name != "auto"))
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--batch", type=int, default=BATCH, help="rows of the ragged batches; 1: none")
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
+    parser.add_argument("--out", type=Path, default=Path(".verify"))
+    parser.add_argument("--model", default=None, help="local path or hub name; default: the embedded model")
+    parser.add_argument("--break-mask", action="store_true", help="negative control for bf16")
+    args = parser.parse_args(argv)
+    methods, budgets = args.methods.split(","), [int(budget) for budget in args.budgets.split(",")]
+    model, tokenizer = models.load(args.model, dtype=torch.bfloat16 if args.check == "bf16" else torch.float32)
+    tasks = load_tasks(args.data, args.split, args.limit)
+    log = Log(args.out / f"{args.check}{'-broken' if args.break_mask else ''}.jsonl")
+    if args.check == "long":
+        prompts = {"4k": long_prompt(tokenizer, tasks, 4000)}
+    else:
+        prompts = {task.id: encode(tokenizer, task) for task in tasks}
+    if args.check == "bf16":
+        wrong = verify_bf16(model, prompts, log, methods, budgets, args.new_tokens, args.break_mask)
+        identical = sum(bool(row["identical"]) for row in log.done.values())
+        summary: dict[str, Any] = {"identical": identical, "largest_gap": max((row["gap"] for row in log.done.values()), default=0.0)}
+    else:
+        wrong = verify_greedy(model, prompts, log, methods, budgets, 1 if args.check == "long" else args.batch, args.new_tokens)
+        summary = {"rows": sum(row["rows"] for row in log.done.values())}
+    print(json.dumps({"check": args.check, "prompts": len(prompts), "units": len(log.done), "wrong": wrong, **summary}))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

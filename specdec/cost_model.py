@@ -1,0 +1,177 @@
+"""CostModel: how long one forward takes, and from that the tree size that pays best.
+
+t(rows, nodes, context) is measured at a few sizes with the code path that decodes (drafting.md 5.3): step-wise in nodes (a size
+costs what the next measured size costs), linear in context and rows. The best size of a tree whose m most probable nodes are
+worth S_m expected tokens is argmax S_m / (t(m) + t_host) (5.2); only the measured sizes are candidates, since filling a plateau
+costs nothing. Worked example, t = {1: 20 ms, 8: 24 ms, 16: 40 ms}, S = {1: 1, 8: 1.8, 16: 2.2}: 50, 75 and 55 tokens a second,
+so 8 nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["CONTEXTS", "NODES", "CostModel"]
+
+NODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+CONTEXTS = (256, 2048)
+_RATE = 0.05  # share of one observation, once for all sizes (the machine drifts) and once for its own
+_LARGEST_RATIO = 2.0  # one observation counts as at most this far off: an outlier is no trend
+
+Key = tuple[int, int, int]  # (rows, nodes, context)
+
+
+def _interpolate(points: list[int], values: list[float], at: float) -> float:
+    """Linear between the points and beyond the last; constant before the first."""
+    if at <= points[0] or len(points) == 1:
+        return values[0]
+    right = min(bisect_left(points, at), len(points) - 1)
+    left = right - 1
+    return values[left] + (values[right] - values[left]) * (at - points[left]) / (points[right] - points[left])
+
+
+class CostModel:
+    """Seconds of a forward by (rows, nodes, context), with online refinement.
+
+    Args:
+        table: (rows, nodes a row, context) -> seconds; every rows value needs at least one entry.
+        host_seconds: host time of one speculative step beside the forward (draft, accept, commit, learn).
+
+    Raises:
+        ValueError: an empty table, a size below 1 or a time that is not positive and finite.
+    """
+
+    def __init__(self, table: Mapping[Key, float], host_seconds: float = 0.0) -> None:
+        if not table:
+            raise ValueError("table must hold at least one (rows, nodes, context) -> seconds entry")
+        for key, seconds in table.items():
+            if len(key) != 3 or min(key[0], key[1]) < 1 or key[2] < 0 or not 0 < seconds < float("inf"):
+                raise ValueError(f"table entries are (rows >= 1, nodes >= 1, context >= 0) -> seconds > 0, got {key} -> {seconds}")
+        if not 0 <= host_seconds < float("inf"):
+            raise ValueError(f"host_seconds must be at least 0, got {host_seconds}")
+        self.table = dict(table)
+        self.host_seconds = host_seconds
+
+    @classmethod
+    def measure(
+        cls,
+        forward: Callable[[int, int, int], float],
+        rows: Seq[int] = (1,),
+        nodes: Seq[int] = NODES,
+        contexts: Seq[int] = CONTEXTS,
+        repeats: int = 5,
+        seconds: float = 4.0,
+        host_seconds: float = 0.0,
+    ) -> CostModel:
+        """Time `forward(rows, nodes, context)`, which returns its own seconds, at every combination of the sizes.
+
+        Every size runs twice (the first warms up); further repeats, round by round so that a slow spell hits all sizes alike,
+        as long as `seconds` are not used up. The median counts.
+        """
+        keys = [(row, node, context) for row in rows for context in contexts for node in nodes]
+        begin = time.perf_counter()
+        for key in keys:
+            forward(*key)
+        samples: dict[Key, list[float]] = {key: [forward(*key)] for key in keys}
+        for _ in range(repeats - 1):
+            for key in keys:
+                if time.perf_counter() - begin < seconds:
+                    samples[key].append(forward(*key))
+        return cls({key: float(np.median(times)) for key, times in samples.items()}, host_seconds)
+
+    def sizes(self, rows: int = 1) -> list[int]:
+        """Node counts that were measured for about this many rows, ascending: the right ends of the plateaus."""
+        row = self._row_points(rows)[-1]
+        return sorted({key[1] for key in self.table if key[0] == row})
+
+    def seconds(self, nodes: int, context: int = 256, rows: int = 1) -> float:
+        """Predicted seconds of a forward over `nodes` nodes a row; never falls when nodes grow."""
+        points = self._row_points(rows)
+        return _interpolate(points, [self._row_seconds(point, nodes, context) for point in points], rows)
+
+    def observe(self, nodes: int, context: int, rows: int, seconds: float) -> None:
+        """Learn from one timed forward: a bounded move of the whole table, and of the entries it was predicted from."""
+        if not seconds > 0:
+            return
+        ratio = seconds / self.seconds(nodes, context, rows)
+        step = float(np.clip(ratio, 1 / _LARGEST_RATIO, _LARGEST_RATIO)) ** _RATE
+        row = min(self._row_points(rows), key=lambda point: abs(point - rows))
+        bucket = self._bucket(row, nodes)
+        for key in self.table:
+            self.table[key] *= step * (step if key[:2] == (row, bucket) else 1.0)
+
+    def observe_host(self, seconds: float) -> None:
+        """Learn the host time of one speculative step."""
+        self.host_seconds += _RATE * (min(seconds, 4 * self.host_seconds + 1e-3) - self.host_seconds)
+
+    def best_size(self, expected: np.ndarray, context: int = 256, rows: int = 1) -> tuple[int, float]:
+        """(m*, its gain over a plain step) for expected [M], expected[m - 1] = expected tokens of the best m nodes.
+
+        The gain is tokens a second relative to a step of the root alone without drafting; 1.0 for m* = 1.
+        """
+        plain = self.seconds(1, context, rows)
+        best, gain = 1, 1.0
+        for nodes in sorted({min(size, len(expected)) for size in self.sizes(rows)} | {len(expected)}):
+            if nodes < 2:
+                continue
+            rate = float(expected[nodes - 1]) * plain / (self.seconds(nodes, context, rows) + self.host_seconds)
+            if rate > gain:
+                best, gain = nodes, rate
+        return best, gain
+
+    def save(self, path: str | os.PathLike[str], fingerprint: str) -> None:
+        """Write the table under `fingerprint` (model, device, dtype, threads ...) beside those of other machines; atomic."""
+        file = Path(path)
+        stored = _read(file)
+        stored[fingerprint] = {
+            "host_seconds": self.host_seconds,
+            "table": [[*key, seconds] for key, seconds in sorted(self.table.items())],
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+        part.replace(file)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], fingerprint: str) -> CostModel | None:
+        """The table saved under `fingerprint`, or None: measure then."""
+        stored = _read(Path(path)).get(fingerprint)
+        if stored is None:
+            return None
+        return cls({(int(r), int(n), int(c)): float(t) for r, n, c, t in stored["table"]}, float(stored["host_seconds"]))
+
+    def _row_points(self, rows: int) -> list[int]:
+        """The one or two measured row counts that `rows` is predicted from."""
+        measured = sorted({key[0] for key in self.table})
+        right = min(bisect_left(measured, rows), len(measured) - 1)
+        return [measured[right]] if measured[right] == rows or right == 0 else measured[right - 1 : right + 1]
+
+    def _bucket(self, row: int, nodes: int) -> int:
+        sizes = sorted({key[1] for key in self.table if key[0] == row})
+        return sizes[min(bisect_left(sizes, nodes), len(sizes) - 1)]
+
+    def _row_seconds(self, row: int, nodes: int, context: int) -> float:
+        """Running maximum over the sizes up to the bucket; beyond the largest measured size, linear in nodes."""
+        bucket = self._bucket(row, nodes)
+        best = 0.0
+        for size in sorted({key[1] for key in self.table if key[0] == row and key[1] <= bucket}):
+            points = sorted(key[2] for key in self.table if key[0] == row and key[1] == size)
+            best = max(best, _interpolate(points, [self.table[row, size, point] for point in points], context))
+        return best * max(1.0, nodes / bucket)
+
+
+def _read(file: Path) -> dict[str, dict[str, object]] | dict:  # type: ignore[type-arg]
+    """All tables of a file; a missing or damaged one holds none (it is measured again)."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}

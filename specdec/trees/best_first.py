@@ -1,0 +1,305 @@
+"""best_first: the tree of the nodes most likely to be accepted, whatever source proposes them.
+
+Where a node's probability is the product of edge probabilities <= 1, the best m-node tree is the m most probable nodes, and that
+set is closed under parents (drafting.md 5.2). So one heap serves every source: pop the most probable node, look up what may
+follow it (`evidence`), weigh that (`calibration`), push its children. Worked example, budget 4: the root's candidates are a .6
+and b .3, a's are c .5 and d .2, b's is e .9: nodes a .6, c .3 (a tie: the earlier parent's child comes after b's), b .3, e .27;
+d, at .12, is cut but still counts as a trial when a is visited.
+
+With a cost model the builder stops where the expected tokens a second are highest, and drafts nothing where speculation does not
+pay; it goes on learning from the root's candidates then, and resumes when they earn it (hysteresis: `RESUME`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from specdec._jit import njit
+from specdec.cost_model import CostModel
+from specdec.draft_tree import DraftTree, Source, TopK, Verdict
+from specdec.sequence import SamplingParams, Sequence
+from specdec.sources.context_table import ContextTable, TableArrays
+from specdec.sources.ngram import SEPARATOR, IndexArrays, NgramIndex
+from specdec.trees.calibration import Calibration, initial, learn, score
+from specdec.trees.evidence import CANDIDATES, CONTEXTS, TAIL, Evidence, collect, new_evidence
+
+__all__ = ["BestFirst"]
+
+MIN_PROB = 0.001  # less probable nodes are not worth their host time, whatever the budget
+MAX_DEPTH = 64
+RESUME = 1.05  # speculation resumes at this predicted gain over plain steps, and ends below 1
+MAX_CLASSES = 32  # calibrations kept, one a temperature class
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """What `update` needs of a built tree."""
+
+    evidence: Evidence
+    path_probs: np.ndarray  # [N] float64, predicted probability that a node is on the accepted path
+
+
+@dataclass(slots=True)
+class _Request:
+    """One request's own text."""
+
+    index: NgramIndex = field(default_factory=NgramIndex)
+    indexed: int = 0  # leading tokens of the sequence that are in the index
+
+    def catch_up(self, seq: Sequence) -> None:
+        """Index what was appended to the sequence."""
+        self.index.extend(seq.token_ids[self.indexed :])
+        self.indexed = len(seq.token_ids)
+
+
+@njit
+def _before(probs: np.ndarray, left: int, right: int) -> bool:
+    """Heap order of nodes by their best child that is left: more probable first, then the earlier node."""
+    return probs[left] > probs[right] or (probs[left] == probs[right] and left < right)
+
+
+@njit
+def _push(heap: np.ndarray, size: int, probs: np.ndarray, node: int) -> None:
+    place = size
+    while place > 0 and _before(probs, node, heap[(place - 1) // 2]):
+        heap[place] = heap[(place - 1) // 2]
+        place = (place - 1) // 2
+    heap[place] = node
+
+
+@njit
+def _sift_down(heap: np.ndarray, size: int, probs: np.ndarray) -> None:
+    """Restore the order after the key of heap[0] fell, or heap[0] was replaced."""
+    node, place = heap[0], 0
+    while 2 * place + 1 < size:
+        child = 2 * place + 1
+        if child + 1 < size and _before(probs, heap[child + 1], heap[child]):
+            child += 1
+        if not _before(probs, heap[child], node):
+            break
+        heap[place] = heap[child]
+        place = child
+    heap[place] = node
+
+
+@njit
+def _source(buckets: np.ndarray) -> int:
+    """Which kind of source proposed a candidate, from its buckets [SOURCES]."""
+    context = False
+    for source in range(CONTEXTS):
+        context |= buckets[source] > 0 and (buckets[source] - 1) % 15 > 0
+    table = False
+    for source in range(CONTEXTS, len(buckets)):
+        table |= buckets[source] > 1
+    return 3 if context and table else 1 if context else 2
+
+
+@njit
+def _grow(
+    own: IndexArrays, shared: IndexArrays, table: TableArrays, calibration: Calibration, evidence: Evidence, max_depth: int,
+    tokens: np.ndarray, parents: np.ndarray, sources: np.ndarray, path_probs: np.ndarray,
+) -> int:  # fmt: skip
+    """Fill tokens, parents, sources, path_probs [budget] from node 1 on (node 0 is given); returns the number of nodes N.
+
+    Every node below N gets its evidence, leaves too: a walk that ends there learns from their candidates.
+    """
+    budget = len(tokens)
+    votes = np.empty((3, CANDIDATES))
+    depths = np.zeros(budget, np.int32)
+    following = np.zeros(budget, np.int32)  # next candidate of each node
+    heap = np.zeros(budget + 1, np.int32)  # nodes, keyed by the path probability of their next candidate
+    keys = np.zeros(budget)
+    size, count, node = 0, 1, 0
+    while True:
+        collect(own, shared, table, evidence, node, votes)
+        score(evidence, node, calibration)
+        if evidence.counts[node] > 0 and depths[node] < max_depth:
+            keys[node] = path_probs[node] * evidence.probs[node, 0]
+            _push(heap, size, keys, node)
+            size += 1
+        if count == budget or size == 0 or keys[heap[0]] < MIN_PROB:
+            return count
+        parent, node = heap[0], count
+        choice = following[parent]
+        tokens[node] = evidence.tokens[parent, choice]
+        parents[node] = parent
+        sources[node] = _source(evidence.buckets[parent, choice])
+        path_probs[node] = keys[parent]
+        depths[node] = depths[parent] + 1
+        evidence.tails[node, : TAIL - 1] = evidence.tails[parent, 1:]
+        evidence.tails[node, TAIL - 1] = tokens[node]
+        count += 1
+        following[parent] = choice + 1
+        if choice + 1 < evidence.counts[parent]:
+            keys[parent] = path_probs[parent] * evidence.probs[parent, choice + 1]
+        else:
+            size -= 1
+            heap[0] = heap[size]
+        _sift_down(heap, size, keys)
+
+
+@njit
+def _learn_path(evidence: Evidence, nodes: np.ndarray, outcomes: np.ndarray, calibration: Calibration) -> None:
+    for step in range(len(nodes)):
+        learn(evidence, nodes[step], outcomes[step], calibration)
+
+
+class BestFirst:
+    """Best-first trees over context and table evidence, calibrated online.
+
+    The text and the calibration of running requests, the text of finished ones (`shared_tokens` at most) and the table of the
+    model's own guesses are all bounded.
+
+    Args:
+        vocab_size: tokens of the model.
+        cost_model: choose the size of each tree by it, within the budget; None: fill the budget.
+        shared_tokens: tokens of finished requests that are kept as context for later ones.
+        table_rows: most rows of the table, a power of two.
+        top_k: logits a node that the table keeps, 1..8.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    sizes_itself = True
+
+    def __init__(
+        self,
+        vocab_size: int,
+        cost_model: CostModel | None = None,
+        shared_tokens: int = 1 << 17,
+        table_rows: int = 1 << 18,
+        top_k: int = 8,
+    ) -> None:
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+        self.vocab_size = vocab_size
+        self.cost_model = cost_model
+        self.top_k = min(top_k, vocab_size)
+        self._shared = NgramIndex(capacity=shared_tokens)
+        self._table = ContextTable(self.top_k, table_rows)
+        self._requests: dict[int, _Request] = {}
+        self._calibrations: dict[tuple[float, ...], Calibration] = {}
+        self._speculating = True
+
+    def start(self, seq: Sequence) -> None:
+        """Index the prompt."""
+        self._requests[seq.id] = request = _Request()
+        request.catch_up(seq)
+
+    def observe_prompt(self, seq: Sequence, start: int, top: TopK) -> None:
+        """Prefill harvest: what the model expected along the prompt."""
+        first = max(0, start - TAIL)
+        text = np.array(seq.token_ids[first : start + len(top.tokens)], np.int32)
+        self._table.observe_text(text, start - first, top)
+
+    def build(self, seqs: Seq[Sequence], budgets: Seq[int], depths: Seq[int]) -> list[DraftTree]:
+        """One tree a row; with a cost model all rows get the one size that pays best for the batch."""
+        trees = [self._build(seq, budget, depth) for seq, budget, depth in zip(seqs, budgets, depths)]
+        if self.cost_model is None or not trees:
+            return trees
+        size = self._best_size(trees, max(len(seq.token_ids) for seq in seqs))
+        return [tree.prefix(size) for tree in trees]
+
+    def update(self, seq: Sequence, tree: DraftTree, verdict: Verdict, top: TopK | None) -> None:
+        """Learn from every candidate of the visited nodes, and from the logits of all nodes; rows of -1 in `top` are skipped."""
+        draft = tree.evidence
+        if not isinstance(draft, _Draft):
+            raise ValueError("tree must come from this builder's build(): it carries no best_first evidence")
+        nodes = verdict.nodes
+        outcomes = np.append(tree.tokens[nodes[1:]], verdict.next_token)
+        known = len(nodes) - 1 if seq.finished else len(nodes)  # a text that stopped says nothing about what comes next
+        _learn_path(draft.evidence, nodes[:known], outcomes[:known], self._calibration(seq.params))
+        if top is not None:
+            rejected = np.ones(len(tree), np.bool_)
+            rejected[nodes] = False
+            order = np.concatenate([np.flatnonzero(rejected), nodes])  # the accepted path has the last word
+            self._table.observe_nodes(draft.evidence.tails, order, top)
+
+    def finish(self, seq: Sequence) -> None:
+        """Keep the request's text as context of later ones."""
+        request = self._requests.pop(seq.id, None)
+        if request is not None:
+            self._shared.extend([*seq.token_ids, SEPARATOR])
+
+    def reset(self) -> None:
+        """Forget everything learned; running requests keep their own text."""
+        self._shared.clear()
+        self._table.clear()
+        self._calibrations.clear()
+        self._speculating = True
+
+    def state(self) -> dict[str, Any]:
+        """The table, the text of finished requests and the calibration of greedy decoding."""
+        table = {f"table.{name}": array for name, array in self._table.state().items()}
+        calibration = self._calibrations.get(_class(SamplingParams()), initial())
+        learned = {f"calibration.{name}": array for name, array in calibration._asdict().items()}
+        return {**table, **learned, "shared.tokens": self._shared.tokens.copy()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Inverse of state().
+
+        Raises:
+            ValueError: an array is missing or has another shape.
+        """
+        fresh = initial()
+        for name, array in fresh._asdict().items():
+            found = state.get(f"calibration.{name}")
+            if found is None or found.shape != array.shape:
+                raise ValueError(f"state has no calibration.{name} of shape {array.shape}; pass what BestFirst.state() returned")
+        if "shared.tokens" not in state:
+            raise ValueError("state has no shared.tokens; pass what BestFirst.state() returned")
+        self._table.load_state({name[6:]: array for name, array in state.items() if name.startswith("table.")})
+        learned = [np.array(state[f"calibration.{name}"], np.float64) for name in Calibration._fields]
+        self._calibrations[_class(SamplingParams())] = Calibration(*learned)
+        self._shared.clear()
+        self._shared.extend(state["shared.tokens"])
+
+    def _calibration(self, params: SamplingParams) -> Calibration:
+        key = _class(params)
+        if key not in self._calibrations:
+            while len(self._calibrations) >= MAX_CLASSES:
+                del self._calibrations[next(iter(self._calibrations))]
+            self._calibrations[key] = initial()
+        return self._calibrations[key]
+
+    def _build(self, seq: Sequence, budget: int, depth: int) -> DraftTree:
+        request = self._requests[seq.id]
+        request.catch_up(seq)
+        evidence = new_evidence(budget)
+        tail = seq.token_ids[-TAIL:]
+        evidence.tails[0, TAIL - len(tail) :] = tail
+        tokens = np.full(budget, tail[-1], np.int64)
+        parents = np.full(budget, -1, np.int32)
+        sources = np.full(budget, Source.ROOT, np.uint8)
+        path_probs = np.ones(budget)
+        count = _grow(
+            request.index.arrays, self._shared.arrays, self._table.arrays, self._calibration(seq.params), evidence,
+            min(depth, MAX_DEPTH), tokens, parents, sources, path_probs,
+        )  # fmt: skip
+        return DraftTree(tokens[:count], parents[:count], sources[:count], evidence=_Draft(evidence, path_probs[:count]))
+
+    def _best_size(self, trees: list[DraftTree], context: int) -> int:
+        """The size with the highest expected tokens a second, 1 where none beats plain steps."""
+        assert self.cost_model is not None
+        expected = np.zeros(max(map(len, trees)))
+        for tree in trees:
+            assert isinstance(tree.evidence, _Draft)
+            prefix = np.cumsum(tree.evidence.path_probs)
+            expected[: len(prefix)] += prefix
+            expected[len(prefix) :] += prefix[-1]
+        size, gain = self.cost_model.best_size(expected / len(trees), context, len(trees))
+        self._speculating = gain > (1.0 if self._speculating else RESUME)
+        return size if self._speculating else 1
+
+
+def _class(params: SamplingParams) -> tuple[float, ...]:
+    """Requests whose acceptance is alike: greedy ones, and those of about equal temperature and cuts."""
+    if params.temperature == 0:
+        return (0.0,)
+    return (round(params.temperature, 1), float(params.top_k), round(params.top_p, 1), round(params.min_p, 1))

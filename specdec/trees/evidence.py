@@ -1,0 +1,183 @@
+"""What may follow a node of a draft tree: candidates from the text and from the table, and why each is one.
+
+Five sources look at the last tokens of a node's own path (committed text, then draft), so that spine, agreement and disagreement
+need no special case (drafting.md 4.5, 5.7):
+
+    OWN, SHARED    up to `OCCURRENCES` recent places where the longest suffix occurred in this request, in earlier ones
+    ORDER3..ORDER1 the table row of the last 3, 2, 1 tokens
+
+Every source files every candidate, also those that it did not propose, under one of its buckets: what its evidence looks like,
+coarsely. `calibration` learns from outcomes what a bucket is worth. Worked example, path "... the cat", own text "the cat sat"
+twice and "cat ran" once: longest match 2 tokens; candidate "sat" in bucket (match 2, share > 2/3, 2-3 places), "ran" in bucket
+(shorter match), and a candidate that only the table has in bucket (match 2, not proposed).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from specdec._jit import njit
+from specdec.sources.context_table import MAX_ORDER, TableArrays, lookup
+from specdec.sources.ngram import IndexArrays, find, match_length
+
+__all__ = ["BUCKETS", "CANDIDATES", "CONTEXTS", "SOURCES", "TAIL", "Evidence", "collect", "context_bucket", "new_evidence", "table_bucket"]
+
+TAIL = 16  # tokens of a path that are looked at: the longest match told apart
+SOURCES = 5  # OWN, SHARED, ORDER3, ORDER2, ORDER1
+CONTEXTS = 2  # the first sources are n-gram indexes, the others table rows
+CANDIDATES = 40  # most candidates of one node
+OCCURRENCES = 16
+BACKOFF = 0.3  # weight of an occurrence, a token of context that it lacks
+NO_TOKEN = -3  # fills the tail of a path shorter than TAIL; matches nothing
+
+MATCH_CLASSES = 8
+_A_MATCH = 15  # buckets of one match class: not proposed, 4 shares x 3 counts, 2 of shorter matches
+_RANKS, _PROBS = 8, 10
+BUCKETS = 1 + max(MATCH_CLASSES * _A_MATCH, 1 + _RANKS * _PROBS)
+
+
+class Evidence(NamedTuple):
+    """Candidates of N nodes, at most C each. Rows of nodes with count -1 are unwritten."""
+
+    tokens: np.ndarray  # [N, C] int32, most probable first
+    buckets: np.ndarray  # [N, C, SOURCES] int16
+    probs: np.ndarray  # [N, C] float64, given that the node is on the accepted path
+    counts: np.ndarray  # [N] int32
+    tails: np.ndarray  # [N, TAIL] int32, the last tokens up to and with the node
+
+
+def new_evidence(nodes: int) -> Evidence:
+    """Room for `nodes` nodes."""
+    return Evidence(
+        np.empty((nodes, CANDIDATES), np.int32), np.empty((nodes, CANDIDATES, SOURCES), np.int16),
+        np.empty((nodes, CANDIDATES)), np.full(nodes, -1, np.int32), np.full((nodes, TAIL), NO_TOKEN, np.int32),
+    )  # fmt: skip
+
+
+@njit
+def _match_class(length: int) -> int:
+    if length <= 4:
+        return length - 1
+    return 4 if length <= 6 else 5 if length <= 9 else 6 if length <= 15 else 7
+
+
+@njit
+def context_bucket(longest: int, length: int, share: float, count: int) -> int:
+    """Bucket of a candidate of an n-gram index.
+
+    Args:
+        longest: longest match of the node, 0: nothing matched.
+        length: longest match that this candidate followed, 0: it followed none.
+        share: its share of the weights of all occurrences.
+        count: how many occurrences it followed.
+    """
+    if longest == 0:
+        return 0
+    base = 1 + _A_MATCH * _match_class(longest)
+    if count == 0:
+        return base
+    if length < longest:
+        return base + (14 if share > 0.2 else 13)
+    shares = 0 if share < 0.34 else 1 if share < 0.67 else 2 if share < 0.95 else 3
+    counts = 0 if count < 2 else 1 if count < 4 else 2
+    return base + 1 + shares * 3 + counts
+
+
+@njit
+def table_bucket(found: bool, rank: int, prob: float) -> int:
+    """Bucket of a candidate of one table order; rank -1: the row has other tokens only."""
+    if rank < 0:
+        return 1 if found else 0
+    if rank == 0:
+        level = int(prob * 9.99)
+    else:
+        level = int(min(9.0, max(0.0, 9.99 + 1.5 * np.log2(max(prob, 1e-6)))))
+    return 2 + min(rank, _RANKS - 1) * _PROBS + level
+
+
+@njit
+def _candidate(evidence: Evidence, node: int, token: int) -> int:
+    """Position of a token among the candidates of a node, added if it is new; -1: no room."""
+    count = evidence.counts[node]
+    for position in range(count):
+        if evidence.tokens[node, position] == token:
+            return position
+    if count == CANDIDATES:
+        return -1
+    evidence.tokens[node, count] = token
+    evidence.buckets[node, count] = -1
+    evidence.counts[node] = count + 1
+    return int(count)
+
+
+@njit
+def _occurrences(index: IndexArrays, evidence: Evidence, node: int, votes: np.ndarray) -> int:
+    """Add the followers of the most recent longest matches; votes [3, C] gets weight, count and longest match of each.
+
+    Longest n-grams first, then shorter ones until OCCURRENCES are seen; returns the longest match, 0 for none.
+    """
+    tail = evidence.tails[node]
+    votes[:] = 0.0
+    seen, longest, above = 0, 0, TAIL + 1
+    for row in range(len(index.lengths) - 1, -1, -1):
+        position = find(index, row, tail, TAIL - 1)
+        looked = 0
+        while position >= 0 and seen < OCCURRENCES and looked < 2 * OCCURRENCES:
+            looked += 1
+            length = match_length(index, position, tail, TAIL - 1, TAIL)
+            token = index.tokens[position + 1]
+            if length < above and token >= 0:  # the longer ones were seen in the row before
+                seen += 1
+                longest = max(longest, length)
+                place = _candidate(evidence, node, token)
+                if place >= 0:
+                    votes[0, place] += BACKOFF ** (TAIL - length)
+                    votes[1, place] += 1.0
+                    votes[2, place] = max(votes[2, place], length)
+            position = index.previous[row, position]
+        above = index.lengths[row]
+        if seen >= OCCURRENCES:
+            break
+    return longest
+
+
+@njit
+def _context(index: IndexArrays, evidence: Evidence, node: int, source: int, votes: np.ndarray) -> int:
+    """File the candidates of one index; returns the bucket of those it did not propose."""
+    longest = _occurrences(index, evidence, node, votes)
+    total = max(votes[0].sum(), 1e-30)
+    for place in range(evidence.counts[node]):
+        evidence.buckets[node, place, source] = context_bucket(longest, votes[2, place], votes[0, place] / total, votes[1, place])
+    return context_bucket(longest, 0, 0.0, 0)
+
+
+@njit
+def _order(table: TableArrays, evidence: Evidence, node: int, order: int, source: int) -> int:
+    """File the candidates of one table order; returns the bucket of those it did not propose."""
+    row = lookup(table, evidence.tails[node], TAIL - 1, order)
+    if row >= 0:
+        for rank in range(table.tokens.shape[1]):
+            if table.tokens[row, rank] < 0:
+                break
+            place = _candidate(evidence, node, table.tokens[row, rank])
+            if place >= 0:
+                evidence.buckets[node, place, source] = table_bucket(True, rank, table.probs[row, rank])
+    return table_bucket(row >= 0, -1, 0.0)
+
+
+@njit
+def collect(own: IndexArrays, shared: IndexArrays, table: TableArrays, evidence: Evidence, node: int, votes: np.ndarray) -> None:
+    """Write tokens, buckets and count of `node`, whose tail is there already. votes [3, C] is scratch."""
+    evidence.counts[node] = 0
+    absent = np.zeros(SOURCES, np.int16)
+    absent[0] = _context(own, evidence, node, 0, votes)
+    absent[1] = _context(shared, evidence, node, 1, votes)
+    for order in range(MAX_ORDER, 0, -1):
+        source = CONTEXTS + MAX_ORDER - order
+        absent[source] = _order(table, evidence, node, order, source)
+    for place in range(evidence.counts[node]):
+        for source in range(SOURCES):
+            if evidence.buckets[node, place, source] < 0:
+                evidence.buckets[node, place, source] = absent[source]
