@@ -65,6 +65,7 @@ def _reference(rows: Sequence[Row]) -> list[Row]:
 
 
 def _pairs(rows: Sequence[Row], labels: Sequence[str]) -> list[tuple[str, str, list[Row], list[Row]]]:
+    """(label, baseline, rows of each): every method by every baseline, the baselines among themselves too."""
     return [
         (label, baseline, select(rows, label), select(rows, baseline))
         for baseline in BASELINES
@@ -100,9 +101,9 @@ def _ratio_cell(rows: Sequence[Row], baseline: str) -> Callable[[str, str], str]
 
 def _totals(rows: Sequence[Row], labels: Sequence[str]) -> Table:
     baselines = [name for name in BASELINES if name in labels]
-    table = Table("method", title=f"{len({row.task for row in rows})} prompts")
-    against = [f"x {name} (95 %)" for name in baselines]
-    for name in ("tokens a step", "tokens a second", *against, "host ms a step", "same output"):
+    prompts = len({row.task for row in rows})
+    table = Table("method", title=f"{prompts} prompts; ratios of speed with 95 % intervals over prompts")
+    for name in ("tok / step", "tok / s", *(f"x {name}" for name in baselines), "host ms / step", "same output"):
         table.add_column(name, justify="right")
     for label in labels:
         mine = select(rows, label)

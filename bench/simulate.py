@@ -97,7 +97,7 @@ class Replay:
             on_path = self._top(begin + at, begin + at + len(nodes))
             top.tokens[nodes], top.probs[nodes] = on_path.tokens, on_path.probs
             kept = seq.append(ids[at + 1 : at + 1 + len(nodes)].tolist())
-            verdict = Verdict(nodes[: kept + 1], int(ids[min(at + len(nodes), len(ids) - 1)]))
+            verdict = Verdict(nodes[:kept], seq.token_ids[-1])
             updating = time.perf_counter()
             builder.update(seq, tree, verdict, top)
             tally.seconds += time.perf_counter() - updating + built - started
@@ -128,7 +128,10 @@ def main() -> None:
         tally = replay.run(make_builder(args.method, 1 << 17, None), budget, args.cold)
         groups = {name: round(tokens / steps, 2) for name, (tokens, steps) in tally.groups.items()}
         host = {"nodes": round(tally.nodes / tally.steps, 1), "host_ms": round(1e3 * tally.seconds / tally.steps, 3)}
-        print(json.dumps({"budget": budget, "cold": args.cold, "tokens_a_step": round(tally.rate, 3), **host, "groups": groups}), flush=True)
+        print(
+            json.dumps({"budget": budget, "cold": args.cold, "tokens_a_step": round(tally.rate, 3), **host, "groups": groups}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Long proofs of losslessness on the embedded model: `python -m bench.verify greedy|long|bf16`, all resumable.
+"""Long proofs of losslessness on the embedded model: `python -m bench.verify [all|greedy|long|bf16]`, all resumable.
 
 * greedy: fp32, 64 new tokens, every prompt of a split, every method, budgets 8 and 60, batch 1 and left-padded ragged batches of
   5: token for token what `model.generate` says. A mismatch prints the logit gap and is run again in fp64; no prompt is dropped.
@@ -29,8 +29,8 @@ from rich.progress import track
 from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks
 from specdec import METHODS, Engine, SamplingParams, models
 from specdec.draft_tree import DraftTree, TopK
-from specdec.sequence import Sequence as Row
 from specdec.learning import top_k
+from specdec.sequence import Sequence as Row
 
 __all__ = ["PrefixEngine", "gaps", "main", "reference"]
 
@@ -142,7 +142,9 @@ def outputs(engines: Callable[[str, int], Engine], model: Any, unit: Unit, new_t
     import specdec
 
     inputs = left_padded(unit.prompts, model.config.pad_token_id or 0)
-    out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, custom_generate=specdec.generate, specdec_engine=engine)
+    out = model.generate(
+        **inputs, max_new_tokens=new_tokens, do_sample=False, custom_generate=specdec.generate, specdec_engine=engine
+    )
     return out[:, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -151,7 +153,15 @@ def _trimmed(tokens: list[int], expected: list[int]) -> list[int]:
     return tokens[: len(expected)]
 
 
-def verify_greedy(model: Any, prompts: dict[str, list[int]], log: Log, methods: Sequence[str], budgets: Sequence[int], batch: int, new_tokens: int) -> int:
+def verify_greedy(
+    model: Any,
+    prompts: dict[str, list[int]],
+    log: Log,
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    batch: int,
+    new_tokens: int,
+) -> int:
     """Returns the number of units that differ from `model.generate`."""
     built: dict[tuple[str, int], PrefixEngine] = {}
     memory: dict[Any, Any] = {}
@@ -197,7 +207,15 @@ def _explain(model: Any, unit: Unit, prompt: list[int], want: list[int], tokens:
     return {"token": at, "gap": gap, "equal_in_fp64": equal}
 
 
-def verify_bf16(model: Any, prompts: dict[str, list[int]], log: Log, methods: Sequence[str], budgets: Sequence[int], new_tokens: int, broken: bool) -> int:
+def verify_bf16(
+    model: Any,
+    prompts: dict[str, list[int]],
+    log: Log,
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    new_tokens: int,
+    broken: bool,
+) -> int:
     """Returns the number of units whose gaps exceed twice the rounding of the plain model."""
     memory: dict[Any, Any] = {}
     built: dict[tuple[str, int], PrefixEngine] = {}
@@ -246,8 +264,10 @@ def long_prompt(tokenizer: Any, tasks: Sequence[Task], length: int) -> list[int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", choices=("greedy", "long", "bf16"))
+    parser = argparse.ArgumentParser(
+        prog="bench.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("check", nargs="?", default="all", choices=("all", "greedy", "long", "bf16"))
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--split", default="report")
     parser.add_argument("--limit", type=int, default=None, help="prompts, spread over the groups")
@@ -259,23 +279,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=None, help="local path or hub name; default: the embedded model")
     parser.add_argument("--break-mask", action="store_true", help="negative control for bf16")
     args = parser.parse_args(argv)
+    checks = ("greedy", "long", "bf16") if args.check == "all" else (args.check,)
+    results = [run_check(check, args) for check in checks]
+    print(json.dumps({"checks": results, "wrong": sum(result["wrong"] for result in results)}))
+    return 1 if any(result["wrong"] for result in results) else 0
+
+
+def run_check(check: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One check, resumed from its log; returns its summary."""
     methods, budgets = args.methods.split(","), [int(budget) for budget in args.budgets.split(",")]
-    model, tokenizer = models.load(args.model, dtype=torch.bfloat16 if args.check == "bf16" else torch.float32)
+    model, tokenizer = models.load(args.model, dtype=torch.bfloat16 if check == "bf16" else torch.float32)
     tasks = load_tasks(args.data, args.split, args.limit)
-    log = Log(args.out / f"{args.check}{'-broken' if args.break_mask else ''}.jsonl")
-    if args.check == "long":
+    log = Log(args.out / f"{check}{'-broken' if args.break_mask else ''}.jsonl")
+    prompts = {task.id: encode(tokenizer, task) for task in tasks}
+    if check == "long":
         prompts = {"4k": long_prompt(tokenizer, tasks, 4000)}
-    else:
-        prompts = {task.id: encode(tokenizer, task) for task in tasks}
-    if args.check == "bf16":
+    if check == "bf16":
         wrong = verify_bf16(model, prompts, log, methods, budgets, args.new_tokens, args.break_mask)
-        identical = sum(bool(row["identical"]) for row in log.done.values())
-        summary: dict[str, Any] = {"identical": identical, "largest_gap": max((row["gap"] for row in log.done.values()), default=0.0)}
+        rows = log.done.values()
+        found: dict[str, Any] = {
+            "identical": sum(bool(row["identical"]) for row in rows),
+            "largest_gap": max((row["gap"] for row in rows), default=0.0),
+            "smallest_limit": min((row["limit"] for row in rows), default=0.0),
+        }
     else:
-        wrong = verify_greedy(model, prompts, log, methods, budgets, 1 if args.check == "long" else args.batch, args.new_tokens)
-        summary = {"rows": sum(row["rows"] for row in log.done.values())}
-    print(json.dumps({"check": args.check, "prompts": len(prompts), "units": len(log.done), "wrong": wrong, **summary}))
-    return 1 if wrong else 0
+        batch = 1 if check == "long" else args.batch
+        wrong = verify_greedy(model, prompts, log, methods, budgets, batch, args.new_tokens)
+        found = {"rows": sum(row["rows"] for row in log.done.values())}
+    return {"check": check, "prompts": len(prompts), "units": len(log.done), "wrong": wrong, **found}
 
 
 if __name__ == "__main__":

@@ -108,7 +108,14 @@ def _attend(
 
 
 def attend_row(
-    batch: TreeBatch, row: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float, window: int
+    batch: TreeBatch,
+    row: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
 ) -> torch.Tensor:
     """One row: query [Hq, n, D], key and value [Hkv, P+n, D] -> [n, Hq, Dv].
 
@@ -119,7 +126,9 @@ def attend_row(
     groups = heads // kv_heads
     prefix = batch.prefix_lengths[row]
     if batch.trees is None and prefix == 0 and softcap <= 0 and (window <= 0 or count <= window):
-        out = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=count > 1, scale=scale, enable_gqa=groups > 1)
+        out = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], is_causal=count > 1, scale=scale, enable_gqa=groups > 1
+        )
         return out[0].transpose(0, 1)
     bias = batch.bias(row, window, query.dtype, groups, query.device)
     stacked = query.reshape(1, kv_heads, groups * count, dim)
@@ -128,7 +137,13 @@ def attend_row(
 
 
 def attend(
-    batch: TreeBatch, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float = 0.0, window: int = 0
+    batch: TreeBatch,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> torch.Tensor:
     """All rows of a batch: query [B, Hq, N, D], key and value [B, Hkv, T, D] -> [B, N, Hq, Dv]; rows past n are zero.
 
@@ -143,7 +158,9 @@ def attend(
     for row in rows:
         count = batch.counts[row]
         end = batch.prefix_lengths[row] + count
-        out[row, :count] = attend_row(batch, row, query[row, :, :count], key[row, :, :end], value[row, :, :end], scale, softcap, window)
+        out[row, :count] = attend_row(
+            batch, row, query[row, :, :count], key[row, :, :end], value[row, :, :end], scale, softcap, window
+        )
     return out
 
 

@@ -1,7 +1,8 @@
 """CostModel: how long one forward takes, and from that the tree size that pays best.
 
 t(rows, nodes, context) is measured at a few sizes with the code path that decodes (drafting.md 5.3): step-wise in nodes (a size
-costs what the next measured size costs), linear in context and rows. The best size of a tree whose m most probable nodes are
+costs what the next measured size costs), linear in context and between
+row counts; beyond the largest tree and batch it grows in proportion. The best size of a tree whose m most probable nodes are
 worth S_m expected tokens is argmax S_m / (t(m) + t_host) (5.2); only the measured sizes are candidates, since filling a plateau
 costs nothing. Worked example, t = {1: 20 ms, 8: 24 ms, 16: 40 ms}, S = {1: 1, 8: 1.8, 16: 2.2}: 50, 75 and 55 tokens a second,
 so 8 nodes.
@@ -16,6 +17,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,11 +56,16 @@ class CostModel:
             raise ValueError("table must hold at least one (rows, nodes, context) -> seconds entry")
         for key, seconds in table.items():
             if len(key) != 3 or min(key[0], key[1]) < 1 or key[2] < 0 or not 0 < seconds < float("inf"):
-                raise ValueError(f"table entries are (rows >= 1, nodes >= 1, context >= 0) -> seconds > 0, got {key} -> {seconds}")
+                raise ValueError(
+                    f"table entries are (rows >= 1, nodes >= 1, context >= 0) -> seconds > 0, got {key} -> {seconds}"
+                )
         if not 0 <= host_seconds < float("inf"):
             raise ValueError(f"host_seconds must be at least 0, got {host_seconds}")
         self.table = dict(table)
         self.host_seconds = host_seconds
+        self._rows = sorted({key[0] for key in table})
+        self._sizes = {row: sorted({key[1] for key in table if key[0] == row}) for row in self._rows}
+        self._contexts = {key[:2]: sorted(other[2] for other in table if other[:2] == key[:2]) for key in table}
 
     @classmethod
     def measure(
@@ -89,13 +96,13 @@ class CostModel:
 
     def sizes(self, rows: int = 1) -> list[int]:
         """Node counts that were measured for about this many rows, ascending: the right ends of the plateaus."""
-        row = self._row_points(rows)[-1]
-        return sorted({key[1] for key in self.table if key[0] == row})
+        return self._sizes[self._row_points(rows)[-1]]
 
     def seconds(self, nodes: int, context: int = 256, rows: int = 1) -> float:
         """Predicted seconds of a forward over `nodes` nodes a row; never falls when nodes grow."""
         points = self._row_points(rows)
-        return _interpolate(points, [self._row_seconds(point, nodes, context) for point in points], rows)
+        times = [self._row_seconds(point, nodes, context) for point in points]
+        return _interpolate(points, times, min(rows, points[-1])) * max(1.0, rows / points[-1])
 
     def observe(self, nodes: int, context: int, rows: int, seconds: float) -> None:
         """Learn from one timed forward: a bounded move of the whole table, and of the entries it was predicted from."""
@@ -150,25 +157,25 @@ class CostModel:
 
     def _row_points(self, rows: int) -> list[int]:
         """The one or two measured row counts that `rows` is predicted from."""
-        measured = sorted({key[0] for key in self.table})
-        right = min(bisect_left(measured, rows), len(measured) - 1)
-        return [measured[right]] if measured[right] == rows or right == 0 else measured[right - 1 : right + 1]
+        right = min(bisect_left(self._rows, rows), len(self._rows) - 1)
+        return self._rows[right : right + 1] if self._rows[right] == rows or right == 0 else self._rows[right - 1 : right + 1]
 
     def _bucket(self, row: int, nodes: int) -> int:
-        sizes = sorted({key[1] for key in self.table if key[0] == row})
+        sizes = self._sizes[row]
         return sizes[min(bisect_left(sizes, nodes), len(sizes) - 1)]
 
     def _row_seconds(self, row: int, nodes: int, context: int) -> float:
         """Running maximum over the sizes up to the bucket; beyond the largest measured size, linear in nodes."""
         bucket = self._bucket(row, nodes)
         best = 0.0
-        for size in sorted({key[1] for key in self.table if key[0] == row and key[1] <= bucket}):
-            points = sorted(key[2] for key in self.table if key[0] == row and key[1] == size)
-            best = max(best, _interpolate(points, [self.table[row, size, point] for point in points], context))
+        for size in self._sizes[row]:
+            if size <= bucket:
+                points = self._contexts[row, size]
+                best = max(best, _interpolate(points, [self.table[row, size, point] for point in points], context))
         return best * max(1.0, nodes / bucket)
 
 
-def _read(file: Path) -> dict[str, dict[str, object]] | dict:  # type: ignore[type-arg]
+def _read(file: Path) -> dict[str, dict[str, Any]]:
     """All tables of a file; a missing or damaged one holds none (it is measured again)."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))

@@ -102,8 +102,12 @@ class DraftTree:
         self.parents = np.ascontiguousarray(self.parents, np.int32)
         count = len(self.tokens)
         if count == 0 or len(self.parents) != count:
-            raise ValueError(f"a draft tree needs as many parents as tokens and at least a root, got {count} tokens and {len(self.parents)} parents")
-        if self.parents[0] != NO_PARENT or (count > 1 and bool(np.any((self.parents[1:] < 0) | (self.parents[1:] >= np.arange(1, count))))):
+            raise ValueError(
+                f"a draft tree needs as many parents as tokens and at least a root, got {count} tokens and {len(self.parents)} parents"
+            )
+        if self.parents[0] != NO_PARENT or (
+            count > 1 and bool(np.any((self.parents[1:] < 0) | (self.parents[1:] >= np.arange(1, count))))
+        ):
             raise ValueError(f"parents must be [-1, p1, ...] with 0 <= p_i < i, got {self.parents.tolist()}")
         self.depths = _depths(self.parents)
 
@@ -126,7 +130,8 @@ class DraftTree:
     @classmethod
     def from_paths(cls, root: int, paths: Iterable[Sequence[int]], source: int = Source.CONTEXT) -> DraftTree:
         """Trie of the paths (each without the root), nodes in order of first appearance."""
-        tokens, parents, index = [root], [NO_PARENT], {}
+        tokens, parents = [root], [NO_PARENT]
+        index: dict[tuple[int, int], int] = {}
         for path in paths:
             node = ROOT
             for token in path:
@@ -172,8 +177,15 @@ class DraftTree:
             return None if array is None else array[:count]
 
         return DraftTree(
-            self.tokens[:count], self.parents[:count], cut(self.source), cut(self.kind), cut(self.draw_index),
-            cut(self.multiplicity), cut(self.virtual), cut(self.probs), self.evidence,
+            self.tokens[:count],
+            self.parents[:count],
+            cut(self.source),
+            cut(self.kind),
+            cut(self.draw_index),
+            cut(self.multiplicity),
+            cut(self.virtual),
+            cut(self.probs),
+            self.evidence,
         )
 
     def to_networkx(self) -> networkx.DiGraph:

@@ -7,17 +7,22 @@ says "cat" after the root, "sat" after "cat" and "on" after "sat": the step keep
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from specdec._jit import HAVE_NUMBA
 from specdec.draft_tree import DraftTree, TopK, Verdict
 from specdec.kv_cache import KVCache
 from specdec.learning import top_k
@@ -28,11 +33,13 @@ from specdec.sampling import Law, build_processor
 from specdec.sequence import SamplingParams, Sequence
 from specdec.target import TargetModel
 from specdec.text import Detokenizer, cut_at_stop, stop_string_check
+from specdec.trees.base import TreeBuilder
 from specdec.verify.match import match
 
 __all__ = ["Engine", "Result"]
 
 Prompt = "str | list[int] | list[dict[str, str]] | torch.Tensor"
+logger = logging.getLogger("specdec")
 PHASES = ("prefill", "draft", "forward", "accept", "commit", "learn")
 
 
@@ -104,7 +111,7 @@ class Engine:
     ) -> None:
         if budget != "auto" and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
             raise ValueError(f'budget must be "auto" or an int >= 1 (nodes a tree, root included), got {budget!r}')
-        if not isinstance(max_rows, int) or max_rows < 1:
+        if not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1:
             raise ValueError(f"max_rows must be an int >= 1, got {max_rows!r}")
         self._model = model  # kept alive for as long as the engine; the target only refers to it
         self.target = TargetModel(model)
@@ -113,6 +120,7 @@ class Engine:
         self.method = method if isinstance(method, str) else type(method).__name__
         self.pacer = Pacer(self.target, budget)
         self.builder = make_builder(method, self.target.vocab_size, self.pacer.cost_model)
+        warm_up(self.builder, self.target.vocab_size)
         self.cache: KVCache = self.target.new_cache(1, 256)
         self.rows: list[Sequence] = []  # live sequences; sequence i owns cache row i
         self.waiting: deque[Sequence] = deque()
@@ -149,16 +157,21 @@ class Engine:
         """Yield the text of one prompt as it is generated; closing the iterator frees its row."""
         if self.tokenizer is None:
             raise ValueError("stream needs a tokenizer to make text; fix: Engine(model, tokenizer)")
+        (each,) = _params_for(params, 1)
+        if each.n != 1:
+            raise ValueError(f"stream gives one text, params asks for n={each.n}; fix: n=1, or Engine.generate")
         with self._lock:
-            (seq,) = self._sequences([prompt], [params or SamplingParams()])
+            (seq,) = self._sequences([prompt], [each])
         detokenizer = Detokenizer(self.tokenizer, seq.params.stop_strings)
         with self._running([seq]):
-            while not seq.finished:
+            final = False
+            while not final:
                 with self._lock:
-                    if not seq.finished:  # another stream of this engine may have finished it
+                    if not seq.finished:  # another stream of this engine may have finished it since the last piece
                         self.step()
+                    final, output_ids = seq.finished, seq.output_ids
                 _raise_errors([seq])
-                if piece := detokenizer.push(seq.output_ids, seq.finished):
+                if piece := detokenizer.push(output_ids, final):
                     yield piece
 
     def run(self, sequences: list[Sequence]) -> None:
@@ -266,7 +279,9 @@ class Engine:
             with _timed(stats, "commit"):
                 self.cache.commit(seq.row, verdict.nodes.tolist())
             with _timed(stats, "learn"):
-                self.builder.update(seq, tree, verdict, top if top is None else TopK(top.tokens[: len(tree)], top.probs[: len(tree)]))
+                self.builder.update(
+                    seq, tree, verdict, top if top is None else TopK(top.tokens[: len(tree)], top.probs[: len(tree)])
+                )
         except BaseException as error:
             self._fail(seq, error)
 
@@ -393,7 +408,9 @@ class Engine:
         if not params.stop_strings:
             return None
         if self.tokenizer is None:
-            raise ValueError(f"stop_strings={params.stop_strings!r} needs a tokenizer; fix: Engine(model, tokenizer) or stop_token_ids")
+            raise ValueError(
+                f"stop_strings={params.stop_strings!r} needs a tokenizer; fix: Engine(model, tokenizer) or stop_token_ids"
+            )
         return stop_string_check(self.tokenizer, params.stop_strings)
 
     def _eos_token_ids(self) -> frozenset[int]:
@@ -404,27 +421,40 @@ class Engine:
         return frozenset()
 
     def _encode(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, torch.Tensor):
+        """Token ids of a string, a chat, or a list or tensor of ids."""
+        if isinstance(prompt, torch.Tensor) and prompt.numel() == prompt.shape[-1:].numel():
             prompt = prompt.flatten().tolist()
-        if isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict)):
+        is_chat = isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], dict)
+        if is_chat and not all(isinstance(message, dict) and "role" in message for message in prompt):
+            raise ValueError('every message of a chat must be {"role": ..., "content": ...}')
+        if isinstance(prompt, str) or is_chat:
             if self.tokenizer is None:
                 raise ValueError("a text or chat prompt needs a tokenizer; fix: Engine(model, tokenizer), or pass token ids")
             if isinstance(prompt, str):
                 return list(self.tokenizer(prompt)["input_ids"])
             text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        try:
-            return [int(token) for token in prompt]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"a prompt must be a string, a chat (list of messages) or a list of token ids, got {type(prompt).__name__}") from error
+        if not isinstance(prompt, (list, tuple)) or not all(
+            isinstance(token, Integral) and not isinstance(token, bool) for token in prompt
+        ):
+            raise ValueError(f"a prompt must be a string, a chat (list of messages) or a list of token ids, got {prompt!r:.80}")
+        return [int(token) for token in prompt]
 
     def _check_prompt(self, token_ids: list[int], params: SamplingParams) -> None:
         if not token_ids:
-            raise ValueError("the prompt is empty (0 tokens); fix: pass at least one token, for example the tokenizer's bos_token_id")
+            raise ValueError(
+                "the prompt is empty (0 tokens); fix: pass at least one token, for example the tokenizer's bos_token_id"
+            )
         bad = next((token for token in token_ids if not 0 <= token < self.target.vocab_size), None)
         if bad is not None:
-            raise ValueError(f"token id {bad} in the prompt is outside the vocabulary of {self.target.vocab_size}; fix: use this model's tokenizer")
+            raise ValueError(
+                f"token id {bad} in the prompt is outside the vocabulary of {self.target.vocab_size}; fix: use this model's tokenizer"
+            )
         limit, wanted = self.target.max_positions, len(token_ids) + params.max_new_tokens
+        if limit is not None and wanted > limit and self.target.has_position_table:
+            raise ValueError(
+                f"prompt + max_new_tokens = {wanted}, the model's context is {limit} and cannot be passed; fix: shorten one of them"
+            )
         if limit is not None and len(token_ids) >= limit:
             raise ValueError(f"the prompt has {len(token_ids)} tokens, the model's context is {limit}; fix: shorten the prompt")
         rope = self.target.rope
@@ -500,6 +530,30 @@ def _raise_errors(sequences: list[Sequence]) -> None:
             raise seq.error
 
 
+def warm_up(builder: Any, vocab_size: int) -> None:
+    """Drive a builder through one made-up request, so that its numba kernels are compiled (or read from the cache) here and not in
+    the first step of a user's text; what it learned from that is forgotten."""
+    if not HAVE_NUMBA or not isinstance(builder, TreeBuilder):
+        return
+    prompt = [(3 * i) % min(7, vocab_size) for i in range(24)]
+    seq = Sequence(0, list(prompt), SamplingParams(max_new_tokens=8), Randomness(0, 0))
+    k = builder.top_k
+    started = time.perf_counter()
+    builder.start(seq)
+    for count in (len(prompt) - 1, 0):
+        if k and count:
+            builder.observe_prompt(seq, 0, top_k(torch.zeros(count, vocab_size), k))
+        (tree,) = builder.build([seq], [8], [4])
+        top = top_k(torch.zeros(len(tree), vocab_size), k) if k else None
+        verdict = Verdict(np.array(tree.path(len(tree) - 1), np.int32), 0)
+        seq.append([int(tree.tokens[node]) for node in verdict.nodes[1:]] + [verdict.next_token])
+        builder.update(seq, tree, verdict, top)
+    builder.finish(seq)
+    builder.reset()
+    if (seconds := time.perf_counter() - started) > 3:
+        logger.warning("specdec: compiled the drafting kernels in %.0f s; they are cached for the next process", seconds)
+
+
 @contextmanager
 def _timed(stats: StepStats, phase: str) -> Iterator[None]:
     started = time.perf_counter()
@@ -521,7 +575,9 @@ def _as_list(prompts: Any) -> tuple[list[Any], bool]:
     if isinstance(prompts, torch.Tensor):
         return ([prompts], True) if prompts.dim() == 1 else (list(prompts), False)
     if not isinstance(prompts, (list, tuple)):
-        raise ValueError(f"prompts must be a string, a chat, a list of token ids, or a list of those, got {type(prompts).__name__}")
+        raise ValueError(
+            f"prompts must be a string, a chat, a list of token ids, or a list of those, got {type(prompts).__name__}"
+        )
     if not prompts:
         raise ValueError("prompts is empty; fix: pass at least one prompt")
     single = isinstance(prompts[0], (int, dict)) or not isinstance(prompts[0], (str, list, tuple, torch.Tensor))
@@ -531,6 +587,8 @@ def _as_list(prompts: Any) -> tuple[list[Any], bool]:
 def _params_for(params: SamplingParams | Seq[SamplingParams] | None, count: int) -> Seq[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, (list, tuple)) or not all(isinstance(each, SamplingParams) for each in params):
+        raise ValueError(f"params must be a SamplingParams or a list of them, one a prompt, got {params!r:.80}")
     if len(params) != count:
         raise ValueError(f"params has {len(params)} entries for {count} prompts; fix: pass one SamplingParams, or one a prompt")
     return params
@@ -538,7 +596,13 @@ def _params_for(params: SamplingParams | Seq[SamplingParams] | None, count: int)
 
 def _checked_tokenizer(tokenizer: Any, vocab_size: int) -> Any:
     """Refuse a tokenizer whose ids the model does not have."""
-    if tokenizer is not None and len(tokenizer) > vocab_size:
+    if tokenizer is None:
+        return None
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise ValueError(
+            f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}; fix: AutoTokenizer.from_pretrained(...)"
+        )
+    if len(tokenizer) > vocab_size:
         raise ValueError(
             f"tokenizer has {len(tokenizer)} ids but the model's vocabulary is {vocab_size}; fix: load the tokenizer of this model, or call "
             "model.resize_token_embeddings(len(tokenizer))"

@@ -1,4 +1,4 @@
-"""generate() for `model.generate(..., custom_generate=specdec.generate)`, and accelerate(): generate()'s contract on specdec's engine.
+"""generate() for `model.generate(..., custom_generate=specdec.generate)`, and accelerate(): generate()'s contract, specdec's loop.
 
 What reaches a custom_generate callable is settled by transformers: the inputs are expanded, the processors, criteria and the
 generation config are prepared, and `streamer`, `tokenizer` and `stop_strings` never arrive (use accelerate(), a direct call of
@@ -129,12 +129,16 @@ def generate(
             "inputs": input_ids, "logits_processor": logits_processor, "stopping_criteria": stopping_criteria,
             "generation_config": generation_config, "synced_gpus": synced_gpus or None,
         }  # fmt: skip
-        return _call(model.generate, model, {name: value for name, value in (options | given).items() if value is not None} | kwargs)
+        return _call(
+            model.generate, model, {name: value for name, value in (options | given).items() if value is not None} | kwargs
+        )
     assert input_ids is not None
     _refuse_dropped(sys._getframe(1))
     _refuse(model, generation_config, logits_processor, kwargs)
     engine = _chosen_engine(model, specdec_engine, specdec_method, specdec_budget)
-    return _decode(engine, input_ids, logits_processor, stopping_criteria, generation_config, specdec_seed, specdec_streamer, kwargs)
+    return _decode(
+        engine, input_ids, logits_processor, stopping_criteria, generation_config, specdec_seed, specdec_streamer, kwargs
+    )
 
 
 def _call(original: Callable[..., Any], model: Any, kwargs: dict[str, Any]) -> Any:
@@ -149,7 +153,9 @@ def _call(original: Callable[..., Any], model: Any, kwargs: dict[str, Any]) -> A
     )
     if stop_strings:
         if tokenizer is None:
-            raise ValueError(f"stop_strings={stop_strings!r} needs tokenizer=; fix: pass the tokenizer beside it, as model.generate asks for too")
+            raise ValueError(
+                f"stop_strings={stop_strings!r} needs tokenizer=; fix: pass the tokenizer beside it, as to model.generate"
+            )
         criterion = StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer)
         kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
         kwargs["stop_strings"] = None  # overrides those of the configs, for which transformers would want the tokenizer again
@@ -158,7 +164,7 @@ def _call(original: Callable[..., Any], model: Any, kwargs: dict[str, Any]) -> A
 
 @contextmanager
 def accelerate(model: Any, method: str = "auto", budget: int | str = "auto", *, seed: int | None = None) -> Iterator[Engine]:
-    """Inside the block every `model.generate(...)`, a pipeline's or a PEFT wrapper's too, is speculative; afterwards all is as before.
+    """Inside the block every `model.generate(...)`, a pipeline's or a PEFT wrapper's too, is speculative; then all is as before.
 
     Args:
         model: the model (for PEFT: the wrapper).
@@ -229,28 +235,43 @@ def _refuse(model: Any, config: Any, processors: Any, kwargs: dict[str, Any]) ->
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
-            f"specdec does greedy search and sampling, this call asks for {mode.value} (num_beams={config.num_beams}, "
-            f"penalty_alpha={config.penalty_alpha}, prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}); fix: leave those out"
+            f"specdec does greedy search and sampling, this call asks for {mode.value} (num_beams={config.num_beams}, penalty_alpha="
+            f"{config.penalty_alpha}, prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}); fix: leave those out"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; specdec works on decoder-only models")
     if getattr(model.prepare_inputs_for_generation, "__self__", model) is not model:
         owner = type(model.prepare_inputs_for_generation.__self__).__name__
-        raise ValueError(f"{owner} prepares the inputs of {type(model).__name__} itself (prompt learning), which specdec does not support")
+        raise ValueError(
+            f"{owner} prepares the inputs of {type(model).__name__} itself (prompt learning), which specdec does not support"
+        )
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
-        raise ValueError("output_attentions and output_hidden_states are not supported: a step runs over a tree, not over one token")
+        raise ValueError(
+            "output_attentions and output_hidden_states are not supported: a step runs over a tree, not over one token"
+        )
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-        raise ValueError(f"cache_implementation={config.cache_implementation!r} is not supported: specdec brings its own cache; fix: leave it out")
+        raise ValueError(
+            f"cache_implementation={config.cache_implementation!r} is not supported: specdec has its own cache; fix: leave it out"
+        )
     if any(isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) for processor in processors or ()):
         raise ValueError("guidance_scale is not supported: it runs the model a second time on its own cache")
     if getattr(kwargs.get("past_key_values"), "_is_user_defined", False):
         raise ValueError("past_key_values of the caller is not supported; fix: pass the whole text as input_ids")
     if unknown := sorted(name for name, value in kwargs.items() if name not in _MODEL_KWARGS and value is not None):
-        raise ValueError(f"specdec does not know the model arguments {unknown} and will not ignore them; fix: leave them out or call model.generate")
+        raise ValueError(
+            f"specdec does not know the model arguments {unknown} and will not ignore them; fix: leave them out, or do without specdec"
+        )
 
 
 def _decode(
-    engine: Engine, input_ids: torch.Tensor, processors: Any, criteria: Any, config: Any, seed: int | None, streamer: Any, kwargs: dict[str, Any]
+    engine: Engine,
+    input_ids: torch.Tensor,
+    processors: Any,
+    criteria: Any,
+    config: Any,
+    seed: int | None,
+    streamer: Any,
+    kwargs: dict[str, Any],
 ) -> Any:
     rows, length = input_ids.shape
     if streamer is not None and rows > 1:
@@ -291,10 +312,10 @@ def _decode(
 
 
 def _criteria_met(criteria: list[Any], device: torch.device, seq: Sequence) -> bool:
-    """Every criterion sees the row's whole text after every token, as in generate(), none is skipped."""
+    """Every criterion sees the row's whole text after every token, as in generate()."""
     ids = seq.buffer.with_path([]).to(device)
     scores = None if seq.record.scores is None else tuple(step[None] for step in seq.record.scores[: seq.output_length])
-    return any([bool(torch.as_tensor(criterion(ids, scores)).any()) for criterion in criteria])
+    return any([bool(torch.as_tensor(criterion(ids, scores)).any()) for criterion in criteria])  # noqa: C419 - none is skipped
 
 
 def _left_padding(input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> list[int]:
@@ -309,12 +330,16 @@ def _left_padding(input_ids: torch.Tensor, mask: torch.Tensor | None, position_i
         pads = (~mask).sum(-1).tolist()
         for row, count in enumerate(pads):
             if bool((~mask[row, count:]).any()):
-                raise ValueError(f"attention_mask of row {row} has zeros after its first one; fix: pad on the left only (padding_side='left')")
+                raise ValueError(
+                    f"attention_mask of row {row} has zeros after its first one; fix: pad on the left only (padding_side='left')"
+                )
     if position_ids is not None:
         expected = torch.arange(length)[None] - torch.tensor(pads)[:, None]
         given = position_ids.to("cpu").expand(rows, -1)
         if given.shape != expected.shape or bool(((given != expected) & (expected >= 0)).any()):
-            raise ValueError("position_ids other than 0, 1, 2, ... after the left padding are not supported; fix: leave position_ids out")
+            raise ValueError(
+                "position_ids other than 0, 1, 2, ... after the left padding are not supported; fix: leave position_ids out"
+            )
     return pads
 
 

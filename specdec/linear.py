@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNLIMITED = sys.maxsize
 PROBE_ROWS = (1, 8, 64, 256)
 PROBE_BYTES = 32 << 20  # of weights in one pass: more than most caches keep
+MAX_COPIES = 32  # of one weight: thousands of calls on tiny ones would take seconds
 MIN_ADVANTAGE = 1.05
 MAX_LOSS = 0.9  # at few rows, accepted where many rows win: one arithmetic for all of them is worth more
 
@@ -118,10 +120,10 @@ def measure_advantage(
 def _probe_weights(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
     """Weights of these shapes, tall ones cut, repeated until they are PROBE_BYTES together."""
     share = PROBE_BYTES // (len(shapes) * dtype.itemsize)
-    weights = []
+    weights: list[Tensor] = []
     for out_features, in_features in shapes:
         out_features = min(out_features, max(1, share // in_features))
-        copies = max(1, share // (out_features * in_features))
+        copies = min(MAX_COPIES, max(1, share // (out_features * in_features)))  # a small model's do fit in the cache
         weights.extend(torch.ones(out_features, in_features, dtype=dtype) for _ in range(copies))
     return weights
 
@@ -211,32 +213,33 @@ class FastLinear:
         self._swapped.clear()
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not _supported(weight):
         return False
-    return bias is None or (_supported(bias) and bias.dtype == weight.dtype)
+    return bias is None or (_supported(bias) and bias.dtype is weight.dtype)
 
 
-def _measured_rows(modules: Sequence[nn.Module]) -> int:
+def _measured_rows(modules: Sequence[nn.Linear]) -> int:
     """The number of rows up to which the op wins for every dtype that occurs in the modules."""
     shapes: dict[torch.dtype, set[tuple[int, int]]] = {}
     for module in modules:
-        shapes.setdefault(module.weight.dtype, set()).add(tuple(module.weight.shape))
+        shapes.setdefault(module.weight.dtype, set()).add((module.out_features, module.in_features))
     return min((winning_rows(sorted(kinds), dtype) for dtype, kinds in shapes.items()), default=0)
 
 
-def _fast_forward(module: nn.Module, max_rows: int) -> Callable[[Tensor], Tensor]:
+def _fast_forward(module: nn.Linear, max_rows: int) -> Callable[[Tensor], Tensor]:
     """A forward for this module; it reads the parameters at each call, since they may be replaced (`module.to`)."""
-    parameters = module._parameters
+    parameters: dict[str, Any] = module._parameters
     op = torch.ops.specdec.linear.default
 
     def forward(input: Tensor) -> Tensor:
         weight = parameters["weight"]
         if (
             input.dtype is weight.dtype
+            and input.dtype in DTYPES
             and input.numel() <= max_rows * input.shape[-1]
             and not torch.is_grad_enabled()
             and input.is_contiguous()

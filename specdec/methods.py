@@ -89,10 +89,10 @@ def make_builder(method: str | TreeBuilder, vocab_size: int, cost_model: CostMod
     """The tree builder of a method's name, or the builder itself.
 
     Raises:
-        ValueError: no such method.
+        ValueError: no such method, or an object that is no TreeBuilder.
     """
-    if not isinstance(method, str):
+    if not isinstance(method, (str, type)) and callable(getattr(method, "build", None)):
         return method
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, or a TreeBuilder object, got {method!r}")
     return METHODS[method].make(vocab_size, cost_model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,22 +69,38 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, (str, int)):
                 value = (value,)
+            _require(isinstance(value, Iterable), f"{name} must be a tuple (empty: none), got {value!r}")
             object.__setattr__(self, name, tuple(value))
-        _require(_is_int(self.max_new_tokens) and self.max_new_tokens >= 1, f"max_new_tokens must be an int >= 1, got {self.max_new_tokens!r}")
+        _require(
+            _is_int(self.max_new_tokens) and self.max_new_tokens >= 1,
+            f"max_new_tokens must be an int >= 1, got {self.max_new_tokens!r}",
+        )
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             value = getattr(self, name)
-            _require(isinstance(value, (int, float)) and math.isfinite(value), f"{name} must be a finite number, got {value!r}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            _require(number, f"{name} must be a finite number, got {value!r}")
         _require(self.temperature >= 0, f"temperature must be >= 0 (0 is greedy), got {self.temperature}")
         _require(_is_int(self.top_k) and self.top_k >= 0, f"top_k must be an int >= 0 (0 is off), got {self.top_k!r}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 is off), got {self.top_p}")
         _require(0 <= self.min_p <= 1, f"min_p must be in [0, 1] (0 is off), got {self.min_p}")
         _require(self.repetition_penalty > 0, f"repetition_penalty must be > 0 (1 is off), got {self.repetition_penalty}")
-        _require(_is_int(self.min_new_tokens) and 0 <= self.min_new_tokens <= self.max_new_tokens, f"min_new_tokens must be an int in [0, max_new_tokens={self.max_new_tokens}], got {self.min_new_tokens!r}")
+        _require(
+            _is_int(self.min_new_tokens) and 0 <= self.min_new_tokens <= self.max_new_tokens,
+            f"min_new_tokens must be an int in [0, max_new_tokens={self.max_new_tokens}], got {self.min_new_tokens!r}",
+        )
         _require(self.seed is None or _is_int(self.seed), f"seed must be None or an int, got {self.seed!r}")
-        _require(all(_is_int(token) and token >= 0 for token in self.stop_token_ids), f"stop_token_ids must be ints >= 0, got {self.stop_token_ids!r}")
-        _require(all(isinstance(text, str) and text for text in self.stop_strings), f"stop_strings must be non-empty strings, got {self.stop_strings!r}")
+        _require(
+            all(_is_int(token) and token >= 0 for token in self.stop_token_ids),
+            f"stop_token_ids must be ints >= 0, got {self.stop_token_ids!r}",
+        )
+        _require(
+            all(isinstance(text, str) and text for text in self.stop_strings),
+            f"stop_strings must be non-empty strings, got {self.stop_strings!r}",
+        )
         _require(_is_int(self.n) and self.n >= 1, f"n must be an int >= 1, got {self.n!r}")
-        _require(self.logprobs is None or self.logprobs == 0, f"logprobs must be None or 0 (chosen tokens only), got {self.logprobs!r}")
+        _require(
+            self.logprobs is None or self.logprobs == 0, f"logprobs must be None or 0 (chosen tokens only), got {self.logprobs!r}"
+        )
 
 
 class TokenBuffer:

@@ -46,9 +46,13 @@ def load_state(path: str | Path, method: str, vocab_size: int) -> dict[str, np.n
             found = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"state {str(path)!r} is not a safetensors file ({error}); fix: write it with Engine.save_state") from error
+        raise ValueError(
+            f"state {str(path)!r} is not a safetensors file ({error}); fix: write it with Engine.save_state"
+        ) from error
     expected = {"format": _FORMAT, "method": method, "vocab_size": str(vocab_size)}
     for name, value in expected.items():
         if found.get(name) != value:
-            raise ValueError(f"state {str(path)!r} has {name} {found.get(name)!r}, this engine has {value!r}; fix: use a state saved by an equal engine")
+            raise ValueError(
+                f"state {str(path)!r} has {name} {found.get(name)!r}, this engine has {value!r}; fix: use a state saved by an equal engine"
+            )
     return arrays

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,12 +110,23 @@ class TargetModel:
         self._model = weakref.ref(model)
         self.name = type(model).__name__
         if reason := _refusal(model):
-            raise UnsupportedModelError(f"specdec cannot accelerate {self.name}: {reason}. Fix: call model.generate without specdec")
+            raise UnsupportedModelError(
+                f"specdec cannot accelerate {self.name}: {reason}. Fix: call model.generate without specdec"
+            )
         config = _text_config(model)
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() is not None else config.vocab_size)
+        self.vocab_size = int(
+            model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() is not None else config.vocab_size
+        )
         self.max_positions = _context_length(config)
+        self.has_position_table = _has_position_table(model, self.max_positions)
         self.rope = _RopeSwitch(config)
-        self._configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")}.values())
+        self._configs = list(
+            {
+                id(m.config): m.config
+                for m in model.modules()
+                if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")
+            }.values()
+        )
         self._linear = FastLinear(model) if fast_linear else None
         self._keeps_logits = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
         self._batch: TreeBatch | None = None  # what the forward under way attends to
@@ -136,8 +148,12 @@ class TargetModel:
         """Which code runs the attention and the matrix products."""
         op = "torch.ops.specdec.tree_attention" if compiled_op() else "PyTorch reference"
         return {
-            "attention": f"{op} through transformers' attention interface" if self._use_interface else "the model's own, with a 4-D mask",
-            "linear": f"specdec ({instruction_set()}), {len(self._linear)} layers, up to {self._linear.max_rows} rows" if self._linear else "torch",
+            "attention": f"{op} through transformers' attention interface"
+            if self._use_interface
+            else "the model's own, with a 4-D mask",
+            "linear": f"specdec ({instruction_set()}), {len(self._linear)} layers, up to {self._linear.max_rows} rows"
+            if self._linear
+            else "torch",
         }
 
     # ---- attention ------------------------------------------------------------------------------------------------------
@@ -168,18 +184,15 @@ class TargetModel:
     def _installed(self, batch: TreeBatch) -> Iterator[None]:
         """The model runs specdec's attention and kernels inside, and is exactly as before outside, whatever happens."""
         saved = [config._attn_implementation_internal for config in self._configs]
-        training = self.model.training
         self._batch = batch
         self._calls = []
-        if training:
-            self.model.eval()
         try:
             for config in self._configs:
                 if self._use_interface:
                     config._attn_implementation_internal = self._interface
                 elif config._attn_implementation_internal not in ("eager", "sdpa"):
                     config._attn_implementation_internal = "eager"
-            with torch.inference_mode():
+            with torch.inference_mode(), _evaluating(self.model):
                 if self._linear is None:
                     yield
                 else:
@@ -189,8 +202,6 @@ class TargetModel:
             for config, implementation in zip(self._configs, saved):
                 config._attn_implementation_internal = implementation
             self._batch = None
-            if training:
-                self.model.train()
 
     def _mask(self, batch: TreeBatch) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """The 4-D mask for models outside the attention interface."""
@@ -212,13 +223,19 @@ class TargetModel:
     def device(self) -> torch.device:
         """Where the token ids go."""
         embeddings = self.model.get_input_embeddings()
-        return embeddings.weight.device if embeddings is not None else next(self.model.parameters()).device
+        device = embeddings.weight.device if embeddings is not None else next(self.model.parameters()).device
+        hook = getattr(embeddings, "_hf_hook", None)
+        if device.type == "meta" and hook is not None:  # offloaded by accelerate, whose hook brings the weights for each forward
+            return torch.device(hook.execution_device)
+        return device
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KVCache of this model's shape."""
         return KVCache(self._layers, rows, capacity, zero_stale=not self._use_interface)
 
-    def _run(self, cache: KVCache, batch: TreeBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int) -> torch.Tensor:
+    def _run(
+        self, cache: KVCache, batch: TreeBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int
+    ) -> torch.Tensor:
         kwargs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
         with self._installed(batch):
             output = self.model(
@@ -249,7 +266,9 @@ class TargetModel:
         batch = TreeBatch(cache.starts, list(trees), counts, self.device)
         return self._run(cache, batch, torch.from_numpy(tokens), torch.from_numpy(positions), 0)
 
-    def prefill(self, cache: KVCache, row: int, token_ids: Seq[int], observe: Callable[[int, torch.Tensor], None] | None = None) -> None:
+    def prefill(
+        self, cache: KVCache, row: int, token_ids: Seq[int], observe: Callable[[int, torch.Tensor], None] | None = None
+    ) -> None:
         """Commit a prompt's tokens to `row`, chunk by chunk through causal attention.
 
         Args:
@@ -259,12 +278,22 @@ class TargetModel:
         """
         base = cache.lengths[row]
         crosses = self.rope.kind is not None and base + len(token_ids) + 1 > self.rope.threshold
-        chunk = len(token_ids) if crosses else PREFILL_CHUNK  # one choice of frequencies for the whole prompt, as transformers does
+        chunk = (
+            len(token_ids) if crosses else PREFILL_CHUNK
+        )  # one choice of frequencies for the whole prompt, as transformers does
         for start in range(0, len(token_ids), max(chunk, 1)):
             piece = list(token_ids[start : start + chunk])
             self._chunk(cache, row, piece, start, observe, crosses)
 
-    def _chunk(self, cache: KVCache, row: int, piece: list[int], offset: int, observe: Callable[[int, torch.Tensor], None] | None, crosses: bool) -> None:
+    def _chunk(
+        self,
+        cache: KVCache,
+        row: int,
+        piece: list[int],
+        offset: int,
+        observe: Callable[[int, torch.Tensor], None] | None,
+        crosses: bool,
+    ) -> None:
         # Whether a prompt is past the threshold is decided by its last token, the root, which is not in this chunk: an uncommitted
         # position stands for it.
         tokens = [*piece, piece[-1]] if crosses else piece
@@ -299,8 +328,12 @@ class TargetModel:
         for node in (0, 2, 4, 5):
             path = [int(tree.tokens[n]) for n in tree.path(node)[1:]]
             expected = reference if node == 0 else self._sequential(ids + path)
-            worst = max(worst, float((logits[node].double() - expected.double()).abs().max() / (expected.double().abs().max() + 1e-6)))
-        limit = {torch.float64: 1e-8, torch.float32: 1e-3}.get(logits.dtype, 0.1)
+            worst = max(
+                worst, float((logits[node].double() - expected.double()).abs().max() / (expected.double().abs().max() + 1e-6))
+            )
+        limit = {torch.float64: 1e-6, torch.float32: 1e-3}.get(
+            logits.dtype, 0.1
+        )  # eager models take their softmax in fp32 even in fp64
         if not worst <= limit:
             raise UnsupportedModelError(
                 f"specdec cannot accelerate {self.name}: verifying a draft tree changed its logits by {worst:.1e} of their size "
@@ -309,27 +342,26 @@ class TargetModel:
             )
         wrong = DraftTree(tree.tokens, np.where(np.arange(len(tree)) == 5, 3, tree.parents))
         if torch.equal(self._tree_logits(ids, wrong)[5], logits[5]):  # type: ignore[index]
-            raise UnsupportedModelError(f"specdec cannot accelerate {self.name}: a wrong ancestor made no difference, its attention ignores the mask")
+            raise UnsupportedModelError(
+                f"specdec cannot accelerate {self.name}: a wrong ancestor made no difference, its attention ignores the mask"
+            )
 
     def _sequential(self, ids: list[int]) -> torch.Tensor:
         """Logits after the last of `ids` by the model alone (its own attention and cache), [V]."""
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
-            with torch.inference_mode():
-                cache = DynamicCache(config=_text_config(self.model))
-                device = self.device
-                self.model(input_ids=torch.tensor([ids[:-1]], device=device), past_key_values=cache, use_cache=True)
-                output = self.model(
-                    input_ids=torch.tensor([ids[-1:]], device=device),
-                    position_ids=torch.tensor([[len(ids) - 1]], device=device),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-        finally:
-            if training:
-                self.model.train()
+        with torch.inference_mode(), _evaluating(self.model):
+            cache = DynamicCache(config=_text_config(self.model))
+            device = self.device
+            self.model(input_ids=torch.tensor([ids[:-1]], device=device), past_key_values=cache, use_cache=True)
+            output = self.model(
+                input_ids=torch.tensor([ids[-1:]], device=device),
+                position_ids=torch.tensor([[len(ids) - 1]], device=device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        if not hasattr(output, "logits"):
+            raise UnsupportedModelError(
+                f"specdec cannot accelerate {self.name}: it gives no logits. Fix: load it with AutoModelForCausalLM"
+            )
         if not hasattr(self, "_layers"):
             self._layers = [self._shape(layer) for layer in cache.layers]
         return output.logits[0, -1]
@@ -337,7 +369,9 @@ class TargetModel:
     def _shape(self, layer: Any) -> LayerShape:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None:
-            raise UnsupportedModelError(f"specdec cannot accelerate {self.name}: a layer keeps {type(layer).__name__} instead of keys and values")
+            raise UnsupportedModelError(
+                f"specdec cannot accelerate {self.name}: a layer keeps {type(layer).__name__} instead of keys and values"
+            )
         return LayerShape(keys.shape[1], keys.shape[-1], values.shape[1], values.shape[-1], keys.dtype, keys.device)
 
     def _tree_logits(self, ids: list[int], tree: DraftTree) -> torch.Tensor | None:
@@ -348,7 +382,16 @@ class TargetModel:
             logits = self.forward(cache, [tree])[0]
         except UnsupportedModelError:
             raise
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise UnsupportedModelError(
                 f"specdec cannot accelerate {self.name}: its forward fails on a draft tree ({type(error).__name__}: {error}). "
                 "Fix: call model.generate without specdec"
@@ -368,7 +411,22 @@ class TargetModel:
         types = getattr(config, "layer_types", None) or []
         expected = bool(window) and (not types or "sliding_attention" in types)
         if expected and not any(self._calls):
-            raise UnsupportedModelError(f"specdec cannot accelerate {self.name}: its sliding window of {window} does not reach the attention function")
+            raise UnsupportedModelError(
+                f"specdec cannot accelerate {self.name}: its sliding window of {window} does not reach the attention function"
+            )
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """No dropout inside; afterwards every module is in the mode it was in, frozen parts of a model in training too."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _register(target: TargetModel) -> None:
@@ -389,6 +447,16 @@ def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _has_position_table(model: Any, positions: int | None) -> bool:
+    """Learned positions, beyond which there are none (OPT keeps two rows more); rotary models go on past what they were built for."""
+    tables = (
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+    )
+    return positions is not None and any(positions <= table.num_embeddings <= positions + 2 for table in tables)
+
+
 def _context_length(config: Any) -> int | None:
-    """Positions that the model was built for, where exceeding them is an error (learned position tables), else None."""
+    """Positions that the model was built for."""
     return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)

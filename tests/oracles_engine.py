@@ -73,7 +73,15 @@ class Noisy(Plain):
 
     top_k = 4
 
-    def __init__(self, truth: dict[tuple[int, ...], list[int]], seed: int = 0, paths: int = 4, longest: int = 6, exact: bool = False, vocab_size: int = 97) -> None:
+    def __init__(
+        self,
+        truth: dict[tuple[int, ...], list[int]],
+        seed: int = 0,
+        paths: int = 4,
+        longest: int = 6,
+        exact: bool = False,
+        vocab_size: int = 97,
+    ) -> None:
         super().__init__()
         self.truth, self.paths, self.longest, self.exact, self.vocab_size = truth, paths, longest, exact, vocab_size
         self.random = random.Random(seed)

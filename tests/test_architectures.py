@@ -6,11 +6,11 @@ import functools
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 import transformers
-from oracles_engine import Noisy, Plain, greedy, make_prompts
 
+import tiny_models
+from oracles_engine import Noisy, Plain, greedy, make_prompts
 from specdec.engine import Engine
 from specdec.methods import METHODS
 from specdec.sequence import SamplingParams

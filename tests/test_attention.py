@@ -24,7 +24,14 @@ def random_tree(count: int, seed: int) -> DraftTree:
 
 
 def unrolled(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix: int, tree: DraftTree, scale: float, softcap: float, window: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix: int,
+    tree: DraftTree,
+    scale: float,
+    softcap: float,
+    window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One row, fp64, one node and head at a time: ordinary causal attention of the path's last token. [n, Hq, Dv] and [n, Hq]."""
     heads, groups = query.shape[0], query.shape[0] // key.shape[0]
@@ -54,7 +61,12 @@ def make_case(counts: list[int], prefixes: list[int], kv_heads: int, dtype: torc
         key[row, :, prefix + count :] = torch.nan
         value[row, :, prefix + count :] = torch.nan
         query[row, :, count:] = torch.nan
-    return query, key, value, TreeBatch(prefixes, [random_tree(count, count + row) for row, count in enumerate(counts)], counts, CPU)
+    return (
+        query,
+        key,
+        value,
+        TreeBatch(prefixes, [random_tree(count, count + row) for row, count in enumerate(counts)], counts, CPU),
+    )
 
 
 CASES = [([1], [0]), ([1], [9]), ([2], [0]), ([33], [5]), ([64], [2]), ([1, 2, 33], [7, 0, 3]), ([33, 1, 12], [0, 20, 1])]
@@ -79,7 +91,14 @@ def test_equal_to_unrolled_paths(counts: list[int], prefixes: list[int], softcap
         assert not ours[row, count:].any() and not reference[row, count:].any()  # rows past n are zero ...
         assert torch.isneginf(lse[row, count:]).all()  # ... and weigh nothing in a merge
         alone = attend_row(
-            batch, row, query[row, :, :count], key[row, :, : prefix + count], value[row, :, : prefix + count], scale, softcap, window
+            batch,
+            row,
+            query[row, :, :count],
+            key[row, :, : prefix + count],
+            value[row, :, : prefix + count],
+            scale,
+            softcap,
+            window,
         )
         assert torch.equal(alone, ours[row, :count])  # a row does not depend on its neighbours
 
@@ -107,7 +126,7 @@ def test_narrow_types(dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize("window", [0, 3, 50])
 @pytest.mark.parametrize("prefix", [0, 6])
 def test_a_prefill_chunk_is_a_chain(prefix: int, window: int, softcap: float) -> None:
-    query, key, value, batch = make_case([10], [prefix], 2, torch.float64)
+    query, key, value, _batch = make_case([10], [prefix], 2, torch.float64)
     chain = DraftTree.chain(range(10))
     causal = TreeBatch([prefix], None, [10], CPU)
     expected, _ = unrolled(query[0], key[0], value[0], prefix, chain, 0.4, softcap, window)
@@ -160,12 +179,21 @@ def test_visible_rows_are_prefix_and_ancestors() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"query": torch.zeros(1, 3, 5, 8)}, "query has 3 heads"), ({"ancestor_mask": torch.zeros(1, 5, 2, dtype=torch.int32)}, "ancestor_mask")],
+    [
+        ({"query": torch.zeros(1, 3, 5, 8)}, "query has 3 heads"),
+        ({"ancestor_mask": torch.zeros(1, 5, 2, dtype=torch.int32)}, "ancestor_mask"),
+    ],
 )
 def test_bad_shapes_are_named(change: dict[str, torch.Tensor], message: str) -> None:
     query, key, value, batch = make_case([5], [2], 2, torch.float32)
     names = ("prefix_lengths", "node_counts", "ancestor_mask", "depths")
-    arguments = {"query": query, "key_cache": key, "value_cache": value, **dict(zip(names, batch.packed(), strict=True)), **change}
+    arguments = {
+        "query": query,
+        "key_cache": key,
+        "value_cache": value,
+        **dict(zip(names, batch.packed(), strict=True)),
+        **change,
+    }
     with pytest.raises(ValueError, match=message):
         tree_attention_reference(**arguments, scale=1.0)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_target import FakeTarget, drive, greedy, make_sequence
 
+from fake_target import FakeTarget, drive, greedy, make_sequence
 from specdec.sources.base import Chain as Draft
 from specdec.sources.ngram import NgramSource
 from specdec.trees.chain import Chain

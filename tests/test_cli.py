@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -110,3 +115,16 @@ def test_chat_without_template(tiny_folder, tmp_path):
     assert "chat template" in run("chat", "--model", str(tmp_path)).stderr
     assert "--raw" in run("generate", "abc", "--chat", "--model", str(tmp_path)).stderr
     assert run("generate", "abc", "-n", "4", "--model", str(tmp_path)).exit_code == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names a folder that nobody can make")
+def test_without_numba_extension_and_cache(tiny_folder):
+    """Plain Python and PyTorch alone, where nothing can be written: slower, and the same text."""
+    arguments = ["generate", "abcabcabc", "--model", tiny_folder, "-n", "12"]
+    bare = {"SPECDEC_NO_NUMBA": "1", "SPECDEC_NO_EXT": "1", "SPECDEC_CACHE": "/dev/null/specdec"}
+    process = subprocess.run(
+        [sys.executable, "-m", "specdec.cli", *arguments],
+        env=os.environ | bare, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == run(*arguments).stdout

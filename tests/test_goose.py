@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_target import FakeTarget, accepted, check_tree, drive, greedy, make_sequence, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_target import FakeTarget, accepted, check_tree, drive, greedy, make_sequence, step
 from specdec.draft_tree import DraftTree, Source, TopK, Verdict
 from specdec.trees.goose import Goose, Spine, table_tree
 from specdec.trees.goose_published import (

@@ -11,17 +11,24 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_tiny_tokenizer
-from fake_builder import FakeBuilder, installed
-from oracles import KeyedGumbel
-from tiny_models import VOCAB, build, shared
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation import logits_process as warpers
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 import specdec
+from conftest import make_tiny_tokenizer
+from fake_builder import FakeBuilder, installed
+from oracles import KeyedGumbel
 from specdec.methods import METHODS
 from specdec.randomness import Randomness
+from tiny_models import VOCAB, build, shared
 
 NEW = 24
 TINY = {"initializer_range": 0.4, "vocab_size": 258, "eos_token_id": None}
@@ -51,7 +58,9 @@ def everyway(model: Any, inputs: dict[str, torch.Tensor], builder: FakeBuilder, 
 
     outputs = []
     with installed(builder):
-        outputs.append(model.generate(**inputs, **given(), custom_generate=specdec.generate, specdec_method="fake", specdec_budget=10))
+        outputs.append(
+            model.generate(**inputs, **given(), custom_generate=specdec.generate, specdec_method="fake", specdec_budget=10)
+        )
         outputs.append(specdec.generate(model, **inputs, **given(), specdec_method="fake", specdec_budget=10))
     with specdec.accelerate(model, method=builder, budget=10) as engine:
         outputs.append(model.generate(**inputs, **given()))
@@ -60,7 +69,9 @@ def everyway(model: Any, inputs: dict[str, torch.Tensor], builder: FakeBuilder, 
 
 
 def expected_of(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> Any:
-    return model.generate(**inputs, **{name.removeprefix("make_"): value() if name.startswith("make_") else value for name, value in kwargs.items()})
+    return model.generate(
+        **inputs, **{name.removeprefix("make_"): value() if name.startswith("make_") else value for name, value in kwargs.items()}
+    )
 
 
 def check(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> Any:
@@ -108,7 +119,10 @@ SINGLE = prompts(12)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "max_length": {"max_length": 40, "max_new_tokens": None},
-    "generation_config": {"make_generation_config": lambda: GenerationConfig(max_new_tokens=13, repetition_penalty=1.2, eos_token_id=7, pad_token_id=3), "max_new_tokens": None},
+    "generation_config": {
+        "make_generation_config": lambda: GenerationConfig(max_new_tokens=13, repetition_penalty=1.2, eos_token_id=7, pad_token_id=3),
+        "max_new_tokens": None,
+    },
     "eos_int": {"eos_token_id": 40},
     "eos_list": {"eos_token_id": list(range(20, 40)), "pad_token_id": 1},
     "min_new_tokens": {"eos_token_id": list(range(10, 60)), "min_new_tokens": 9},
@@ -123,10 +137,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "encoder_penalty": {"encoder_repetition_penalty": 1.6},
     "encoder_ngram": {"encoder_no_repeat_ngram_size": 1},
     "remove_invalid": {"remove_invalid_values": True, "renormalize_logits": True},
-    "prefix_allowed": {"prefix_allowed_tokens_fn": lambda row, ids: [(row * 13 + int(ids[-1]) * 7 + k) % VOCAB for k in range(9)]},
-    "stop_after": {"make_stopping_criteria": lambda: StoppingCriteriaList([StopAfter(4, 17)]), "eos_token_id": 96, "pad_token_id": 0},
+    "prefix_allowed": {
+        "prefix_allowed_tokens_fn": lambda row, ids: [(row * 13 + int(ids[-1]) * 7 + k) % VOCAB for k in range(9)],
+    },
+    "stop_after": {
+        "make_stopping_criteria": lambda: StoppingCriteriaList([StopAfter(4, 17)]), "eos_token_id": 96, "pad_token_id": 0,
+    },
     "own_max_length": {"make_stopping_criteria": lambda: StoppingCriteriaList([MaxLengthCriteria(26)])},
-    "own_eos": {"make_stopping_criteria": lambda: StoppingCriteriaList([EosTokenCriteria(torch.arange(20, 40))]), "pad_token_id": 2},
+    "own_eos": {
+        "make_stopping_criteria": lambda: StoppingCriteriaList([EosTokenCriteria(torch.arange(20, 40))]), "pad_token_id": 2,
+    },
     "max_time": {"max_time": 600.0},
     "no_cache": {"use_cache": False},
     "eos_none": {"eos_token_id": None},
@@ -183,7 +203,11 @@ def test_custom_processor_runs_once_a_token_in_order() -> None:
     ours = [Counting() for _ in range(3)]
     fresh = iter(ours)
     outputs = everyway(
-        model, SINGLE, FakeBuilder(expected.tolist()), max_new_tokens=NEW, make_logits_processor=lambda: LogitsProcessorList([next(fresh)])
+        model,
+        SINGLE,
+        FakeBuilder(expected.tolist()),
+        max_new_tokens=NEW,
+        make_logits_processor=lambda: LogitsProcessorList([next(fresh)]),
     )
     assert all(torch.equal(output, expected) for output in outputs)
     assert all(processor.lengths == theirs.lengths == list(range(length, length + NEW)) for processor in ours)
@@ -197,7 +221,9 @@ def test_custom_processor_of_a_batch_keeps_its_state_by_row() -> None:
         ids = RAGGED["input_ids"][row : row + 1, mask == 1]
         alone.append(model.generate(ids, max_new_tokens=NEW, logits_processor=LogitsProcessorList([Counting()]))[0].tolist())
     original = Counting()
-    for output in everyway(model, RAGGED, FakeBuilder(alone), max_new_tokens=NEW, logits_processor=LogitsProcessorList([original])):
+    for output in everyway(
+        model, RAGGED, FakeBuilder(alone), max_new_tokens=NEW, logits_processor=LogitsProcessorList([original])
+    ):
         assert texts_of(output, RAGGED) == alone
     assert original.lengths == []
 
@@ -215,7 +241,12 @@ def test_a_processor_is_not_asked_behind_the_end() -> None:
     expected = model.generate(**SINGLE, max_new_tokens=NEW, eos_token_id=eos)
     for seed in range(5):
         for output in everyway(
-            model, SINGLE, FakeBuilder(free.tolist(), seed=seed), max_new_tokens=NEW, eos_token_id=eos, logits_processor=LogitsProcessorList([grammar])
+            model,
+            SINGLE,
+            FakeBuilder(free.tolist(), seed=seed),
+            max_new_tokens=NEW,
+            eos_token_id=eos,
+            logits_processor=LogitsProcessorList([grammar]),
         ):
             assert torch.equal(output, expected)
 
@@ -224,7 +255,10 @@ def test_processors_see_one_row_at_a_time() -> None:
     def batched(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return scores + torch.zeros(4, VOCAB)
 
-    with pytest.raises(ValueError, match="logits_processor returned scores of shape"), specdec.accelerate(shared("llama"), method="none", budget=4):
+    with (
+        pytest.raises(ValueError, match="logits_processor returned scores of shape"),
+        specdec.accelerate(shared("llama"), method="none", budget=4),
+    ):
         shared("llama").generate(**RAGGED, max_new_tokens=4, logits_processor=LogitsProcessorList([batched]))
 
 
@@ -262,7 +296,9 @@ def test_criteria_are_called_once_a_token_and_row() -> None:
     criterion = StopAfter(100, length)
     expected = model.generate(**RAGGED, max_new_tokens=NEW)
     with specdec.accelerate(model, method=FakeBuilder(texts_of(expected, RAGGED)), budget=12):
-        assert torch.equal(model.generate(**RAGGED, max_new_tokens=NEW, stopping_criteria=StoppingCriteriaList([criterion])), expected)
+        assert torch.equal(
+            model.generate(**RAGGED, max_new_tokens=NEW, stopping_criteria=StoppingCriteriaList([criterion])), expected
+        )
     assert sorted(criterion.shapes) == sorted((1, length + step) for step in range(1, NEW + 1) for _ in range(4))
 
 
@@ -301,10 +337,15 @@ LAWS: list[dict[str, Any]] = [
         {"top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3},
     )
 ]
-ALL_LAWS = [{"temperature": temperature, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3} for temperature in (0.3, 0.7, 1.0)]
+ALL_LAWS = [
+    {"temperature": temperature, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3}
+    for temperature in (0.3, 0.7, 1.0)
+]
 
 
-def oracle(model: Any, inputs: dict[str, torch.Tensor], law: dict[str, Any], rows: list[Randomness], new: int = NEW, **kwargs: Any) -> torch.Tensor:
+def oracle(
+    model: Any, inputs: dict[str, torch.Tensor], law: dict[str, Any], rows: list[Randomness], new: int = NEW, **kwargs: Any
+) -> torch.Tensor:
     """model.generate(do_sample=False) with transformers' own warpers and the keyed noise: sampling, written as a search."""
     processors = LogitsProcessorList()
     pads = (inputs["attention_mask"] == 0).sum(-1)
@@ -378,7 +419,14 @@ def test_num_return_sequences() -> None:
     expanded = {key: value.repeat_interleave(3, 0) for key, value in inputs.items()}
     expected = oracle(model, expanded, law, [Randomness(2, (row, sample)) for row in range(2) for sample in range(3)])
     outputs = everyway(
-        model, inputs, FakeBuilder(texts_of(expected, expanded)), max_new_tokens=NEW, do_sample=True, num_return_sequences=3, specdec_seed=2, **law
+        model,
+        inputs,
+        FakeBuilder(texts_of(expected, expanded)),
+        max_new_tokens=NEW,
+        do_sample=True,
+        num_return_sequences=3,
+        specdec_seed=2,
+        **law,
     )
     assert all(torch.equal(output, expected) for output in outputs)
     assert len({tuple(row) for row in expected.tolist()}) == 6
@@ -386,7 +434,13 @@ def test_num_return_sequences() -> None:
 
 def test_seeds_and_the_global_generator() -> None:
     model = shared("llama")
-    kwargs: dict[str, Any] = {"max_new_tokens": 10, "do_sample": True, "custom_generate": specdec.generate, "specdec_method": "none", "specdec_budget": 1}
+    kwargs: dict[str, Any] = {
+        "max_new_tokens": 10,
+        "do_sample": True,
+        "custom_generate": specdec.generate,
+        "specdec_method": "none",
+        "specdec_budget": 1,
+    }
     before = torch.get_rng_state()
     first = model.generate(**RAGGED, **kwargs, specdec_seed=4)
     assert torch.equal(torch.get_rng_state(), before)
@@ -412,7 +466,7 @@ def test_seeds_and_the_global_generator() -> None:
 def texty() -> tuple[Any, Any]:
     """A model over bytes with lively text, and its tokenizer."""
     model = build("llama", vocab_size=258, initializer_range=0.4, suppress_tokens=None)
-    model.generation_config.suppress_tokens = [*range(0, 10), *range(94, 258)]  # printable ASCII only
+    model.generation_config.suppress_tokens = [*range(10), *range(94, 258)]  # printable ASCII only
     model.generation_config.pad_token_id = 256
     return model, make_tiny_tokenizer()
 
@@ -431,7 +485,12 @@ def test_streamers(texty: tuple[Any, Any]) -> None:
         second, third = streamer(), streamer()
         specdec.generate(model, **inputs, max_new_tokens=NEW, streamer=second, specdec_method="fake", specdec_budget=8)
         model.generate(
-            **inputs, max_new_tokens=NEW, custom_generate=specdec.generate, specdec_streamer=third, specdec_method="fake", specdec_budget=8
+            **inputs,
+            max_new_tokens=NEW,
+            custom_generate=specdec.generate,
+            specdec_streamer=third,
+            specdec_method="fake",
+            specdec_budget=8,
         )
     assert "".join(first) == "".join(second) == "".join(third) == text
 
@@ -440,7 +499,9 @@ def test_a_streamer_that_would_be_dropped_is_refused(texty: tuple[Any, Any]) -> 
     model, tokenizer = texty
     inputs = tokenizer("hello", return_tensors="pt", return_token_type_ids=False)
     with pytest.raises(ValueError, match="streamer does not reach"):
-        model.generate(**inputs, max_new_tokens=4, custom_generate=specdec.generate, streamer=transformers.TextStreamer(tokenizer))
+        model.generate(
+            **inputs, max_new_tokens=4, custom_generate=specdec.generate, streamer=transformers.TextStreamer(tokenizer)
+        )
 
 
 def test_stop_strings(texty: tuple[Any, Any]) -> None:
@@ -467,7 +528,8 @@ def test_stop_strings(texty: tuple[Any, Any]) -> None:
         assert torch.equal(specdec.generate(model, **inputs, generation_config=config, tokenizer=tokenizer, **options), expected)
         criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [stop, "@@@@"])])
         assert torch.equal(
-            model.generate(**inputs, max_new_tokens=NEW, stopping_criteria=criteria, custom_generate=specdec.generate, **options), expected
+            model.generate(**inputs, max_new_tokens=NEW, stopping_criteria=criteria, custom_generate=specdec.generate, **options),
+            expected,
         )
         model.generation_config.stop_strings = [stop, "@@@@"]
         assert torch.equal(specdec.generate(model, **inputs, max_new_tokens=NEW, tokenizer=tokenizer, **options), expected)
@@ -499,7 +561,9 @@ def lora(model: Any) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")).eval()
+        return get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        ).eval()
 
 
 def test_peft() -> None:
@@ -539,9 +603,14 @@ def test_nested_and_mixed() -> None:
         assert torch.equal(model.generate(**RAGGED, max_new_tokens=NEW, custom_generate=specdec.generate), expected)
         assert torch.equal(specdec.generate(model, **RAGGED, max_new_tokens=NEW), expected)
         assert outer._next_id == 12
-        assert torch.equal(specdec.generate(model, **RAGGED, max_new_tokens=NEW, specdec_method="suffix", specdec_budget=6), expected)
+        assert torch.equal(
+            specdec.generate(model, **RAGGED, max_new_tokens=NEW, specdec_method="suffix", specdec_budget=6), expected
+        )
         assert outer._next_id == 12
-        assert torch.equal(model.generate(RAGGED["input_ids"], GenerationConfig(max_new_tokens=NEW), attention_mask=RAGGED["attention_mask"]), expected)
+        assert torch.equal(
+            model.generate(RAGGED["input_ids"], GenerationConfig(max_new_tokens=NEW), attention_mask=RAGGED["attention_mask"]),
+            expected,
+        )
         with pytest.raises(ValueError, match="custom_generate"):
             model.generate(**RAGGED, max_new_tokens=NEW, custom_generate=lambda *args, **kwargs: None)
     assert "generate" not in model.__dict__
@@ -554,7 +623,8 @@ def test_nested_and_mixed() -> None:
 
 def snapshot(model: Any) -> Any:
     return (
-        [(module.training, getattr(getattr(module, "config", None), "_attn_implementation", None), sorted(module.__dict__)) for module in model.modules()],
+        [(module.training, sorted(module.__dict__)) for module in model.modules()],
+        [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")],
         model.config.to_dict(), model.generation_config.to_dict(), torch.get_rng_state().tolist(),
         [parameter.requires_grad for parameter in model.parameters()], [len(module._forward_hooks) for module in model.modules()],
     )  # fmt: skip
@@ -584,7 +654,12 @@ def test_the_kept_engine() -> None:
     from specdec import hf
 
     model = build("llama")
-    kwargs: dict[str, Any] = {"max_new_tokens": 6, "custom_generate": specdec.generate, "specdec_method": "ngram", "specdec_budget": 4}
+    kwargs: dict[str, Any] = {
+        "max_new_tokens": 6,
+        "custom_generate": specdec.generate,
+        "specdec_method": "ngram",
+        "specdec_budget": 4,
+    }
     model.generate(**SINGLE, **kwargs)
     model.generate(**SINGLE, **kwargs)
     (engine,) = hf._engines[model].values()
@@ -661,13 +736,17 @@ def test_more_refusals(texty: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="token_type_ids"):
         specdec.generate(build("gpt2"), **inputs, **options, token_type_ids=torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="streamer supports one row"):
-        specdec.generate(model, input_ids=torch.ones(2, 3, dtype=torch.long), **options, streamer=transformers.TextStreamer(tokenizer))
+        specdec.generate(
+            model, input_ids=torch.ones(2, 3, dtype=torch.long), **options, streamer=transformers.TextStreamer(tokenizer)
+        )
     with pytest.raises(ValueError, match="logits_to_keep|not used"):
         specdec.generate(model, **inputs, **options, pixel_values=torch.zeros(1, 3))
 
 
 def test_encoder_decoders_are_refused() -> None:
-    config = transformers.T5Config(vocab_size=50, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=50, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
     model = transformers.T5ForConditionalGeneration(config).eval()
     inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "max_new_tokens": 4}
     with pytest.raises(ValueError, match="encoder-decoder"):

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles_engine import Noisy, greedy, make_prompts
 
+import tiny_models
+from oracles_engine import Noisy, greedy, make_prompts
 from specdec.engine import Engine
 from specdec.kv_cache import KVCache, LayerShape
 from specdec.sequence import SamplingParams
@@ -57,7 +57,18 @@ def forward(cache: KVCache, naive: Naive, first: int, trees: list[list[int]]) ->
     cache.begin(first, [len(keep) for keep in trees])
     for layer in range(len(SHAPES)):
         keys, values = (
-            torch.stack([torch.cat([part := stored(new, layer, which), part.new_full((part.shape[0], most - len(new), part.shape[2]), torch.nan)], 1) for new in tokens])
+            torch.stack(
+                [
+                    torch.cat(
+                        [
+                            part := stored(new, layer, which),
+                            part.new_full((part.shape[0], most - len(new), part.shape[2]), torch.nan),
+                        ],
+                        1,
+                    )
+                    for new in tokens
+                ]
+            )
             for which in (0, 1)
         )  # padding is NaN: it may not reach the cache
         seen_keys, seen_values = cache.write(layer, keys, values)
@@ -146,7 +157,9 @@ def test_nothing_is_concatenated_and_buffers_stay_where_they_are(monkeypatch: py
     for _ in range(4):
         cache.begin(0, [5, 3])
         for layer, shape in enumerate(SHAPES[:2]):
-            cache.write(layer, torch.zeros(2, shape.key_heads, 5, shape.key_dim), torch.zeros(2, shape.value_heads, 5, shape.value_dim))
+            cache.write(
+                layer, torch.zeros(2, shape.key_heads, 5, shape.key_dim), torch.zeros(2, shape.value_heads, 5, shape.value_dim)
+            )
         cache.commit(0, [0, 2, 4])
         cache.commit(1, [0, 1])
     assert cache.lengths[:2] == [12, 8]

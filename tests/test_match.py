@@ -9,10 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from enumeration import Chance, EnumeratingRandomness, direct_law, distance, exact_law, speculate
-from oracles import KeyedGumbel, greedy_loop, next_scores, sample_loop
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
+from enumeration import Chance, EnumeratingRandomness, direct_law, distance, exact_law, speculate
+from oracles import KeyedGumbel, greedy_loop, next_scores, sample_loop
 from specdec.draft_tree import ROOT, DraftTree, Verdict
 from specdec.randomness import Randomness, stream_of
 from specdec.sampling import Law, build_processor

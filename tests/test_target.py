@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
-from oracles_engine import Noisy, greedy, make_prompts
 from transformers import AttentionInterface
 
+import tiny_models
+from oracles_engine import Noisy, greedy, make_prompts
 from specdec.draft_tree import DraftTree
 from specdec.engine import Engine
 from specdec.sequence import SamplingParams
@@ -21,12 +21,15 @@ from specdec.target import PREFILL_CHUNK, TargetModel, UnsupportedModelError
 def flat_attention(module: Any) -> Any:
     """An attention forward that sees every earlier token in the order given, whatever the mask says."""
 
-    def forward(hidden_states: torch.Tensor, position_embeddings: Any = None, past_key_values: Any = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(
+        hidden_states: torch.Tensor, position_embeddings: Any = None, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         rows, count, _ = hidden_states.shape
         query, key, value = (
-            layer(hidden_states).view(rows, count, -1, module.head_dim).transpose(1, 2) for layer in (module.q_proj, module.k_proj, module.v_proj)
+            layer(hidden_states).view(rows, count, -1, module.head_dim).transpose(1, 2)
+            for layer in (module.q_proj, module.k_proj, module.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         key, value = past_key_values.update(key, value, module.layer_idx)
@@ -50,7 +53,9 @@ def ignore_mask_in_one_layer(model: Any) -> None:
 def ignore_positions(model: Any) -> None:
     """Positions counted from the cache's length, as models without position_ids do."""
     original = model.model.rotary_emb.forward
-    model.model.rotary_emb.forward = lambda x, position_ids: original(x, position_ids[:, :1] + torch.arange(position_ids.shape[1]))
+    model.model.rotary_emb.forward = lambda x, position_ids: original(
+        x, position_ids[:, :1] + torch.arange(position_ids.shape[1])
+    )
 
 
 def add_noise(model: Any) -> None:
@@ -64,10 +69,14 @@ def look_ahead(model: Any) -> None:
 
 def mix_the_window(model: Any) -> None:
     """A convolution over the last two tokens in the order given, outside any cache (as in some hybrids)."""
-    model.model.layers[1].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 0.3 * inputs[0].roll(1, dims=1), *inputs[1:]))
+    model.model.layers[1].register_forward_pre_hook(
+        lambda module, inputs: (inputs[0] + 0.3 * inputs[0].roll(1, dims=1), *inputs[1:])
+    )
 
 
-@pytest.mark.parametrize("doctor", [ignore_mask, ignore_mask_in_one_layer, ignore_positions, add_noise, look_ahead, mix_the_window])
+@pytest.mark.parametrize(
+    "doctor", [ignore_mask, ignore_mask_in_one_layer, ignore_positions, add_noise, look_ahead, mix_the_window]
+)
 def test_doctored_models_are_refused_by_name(doctor: Any) -> None:
     model = tiny_models.build("llama")
     before = model.config._attn_implementation

@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
-from fake_target import FakeTarget, accepted, drive, greedy, make_sequence
 
+from fake_target import FakeTarget, accepted, drive, greedy, make_sequence
 from specdec.draft_tree import DraftTree, TopK, Verdict
 from specdec.trees.template import PUBLISHED, Template, TokenRecycling, TokenRecyclingPublished, best_template, observe_tree
 

@@ -144,13 +144,17 @@ def observe(table: TableArrays, tail: np.ndarray, end: int, tokens: np.ndarray, 
 
 
 @njit
-def _observe_many(table: TableArrays, text: np.ndarray, first: int, tokens: np.ndarray, probs: np.ndarray, keep: np.ndarray) -> None:
+def _observe_many(
+    table: TableArrays, text: np.ndarray, first: int, tokens: np.ndarray, probs: np.ndarray, keep: np.ndarray
+) -> None:
     for row in range(len(tokens)):
         observe(table, text, first + row, tokens[row], probs[row], keep)
 
 
 @njit
-def _observe_nodes(table: TableArrays, tails: np.ndarray, order: np.ndarray, tokens: np.ndarray, probs: np.ndarray, keep: np.ndarray) -> None:
+def _observe_nodes(
+    table: TableArrays, tails: np.ndarray, order: np.ndarray, tokens: np.ndarray, probs: np.ndarray, keep: np.ndarray
+) -> None:
     for node in order:
         observe(table, tails[node], tails.shape[1] - 1, tokens[node], probs[node], keep)
 
@@ -233,10 +237,14 @@ class ContextTable:
         shapes = {"keys": (rows, MAX_ORDER), "stamps": (rows,), "tokens": (rows, self.k), "probs": (rows, self.k), "clock": (2,)}
         for name, shape in shapes.items():
             if state[name].shape != shape:
-                raise ValueError(f"state[{name!r}] has shape {state[name].shape}, expected {shape}: saved with another k or damaged")
+                raise ValueError(
+                    f"state[{name!r}] has shape {state[name].shape}, expected {shape}: saved with another k or damaged"
+                )
         self.clear()
         self._make_room(rows)
-        saved = TableArrays(*[np.ascontiguousarray(state[name], getattr(self.arrays, name).dtype) for name in TableArrays._fields])
+        saved = TableArrays(
+            *[np.ascontiguousarray(state[name], getattr(self.arrays, name).dtype) for name in TableArrays._fields]
+        )
         _rehash(saved, self.arrays)
 
     def _make_room(self, new: int) -> None:

@@ -8,12 +8,13 @@ requests lives until `reset`.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from specdec.draft_tree import DraftTree, TopK, Verdict
 from specdec.sequence import Sequence
 
 
+@runtime_checkable
 class TreeBuilder(Protocol):
     """Drafts one tree a row, and learns from every verdict."""
 

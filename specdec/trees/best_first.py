@@ -26,7 +26,7 @@ from specdec.sequence import SamplingParams, Sequence
 from specdec.sources.context_table import ContextTable, TableArrays
 from specdec.sources.ngram import SEPARATOR, IndexArrays, NgramIndex
 from specdec.trees.calibration import Calibration, initial, learn, score
-from specdec.trees.evidence import CANDIDATES, CONTEXTS, TAIL, Evidence, collect, new_evidence
+from specdec.trees.evidence import CANDIDATES, CONTEXTS, LEFTOVERS, SOURCES, TAIL, Evidence, collect, new_evidence
 
 __all__ = ["BestFirst"]
 
@@ -50,11 +50,19 @@ class _Request:
 
     index: NgramIndex = field(default_factory=NgramIndex)
     indexed: int = 0  # leading tokens of the sequence that are in the index
+    rivals: np.ndarray = field(default_factory=lambda: np.full(LEFTOVERS + 1, -1, np.int32))  # what the model weighed against
+    rival_probs: np.ndarray = field(default_factory=lambda: np.zeros(LEFTOVERS + 1))  # the last committed token, best first
 
     def catch_up(self, seq: Sequence) -> None:
         """Index what was appended to the sequence."""
         self.index.extend(seq.token_ids[self.indexed :])
         self.indexed = len(seq.token_ids)
+
+    def weigh(self, top: TopK, row: int) -> None:
+        """Keep what the model weighed against the token it has just emitted."""
+        count = min(len(self.rivals), top.tokens.shape[1])
+        self.rivals[:count] = top.tokens[row, :count]
+        self.rival_probs[:count] = top.probs[row, :count]
 
 
 @njit
@@ -94,15 +102,16 @@ def _source(buckets: np.ndarray) -> int:
     for source in range(CONTEXTS):
         context |= buckets[source] > 0 and (buckets[source] - 1) % 15 > 0
     table = False
-    for source in range(CONTEXTS, len(buckets)):
+    for source in range(CONTEXTS, SOURCES):
         table |= buckets[source] > 1
     return 3 if context and table else 1 if context else 2
 
 
 @njit
 def _grow(
-    own: IndexArrays, shared: IndexArrays, table: TableArrays, calibration: Calibration, evidence: Evidence, max_depth: int,
-    tokens: np.ndarray, parents: np.ndarray, sources: np.ndarray, path_probs: np.ndarray,
+    own: IndexArrays, shared: IndexArrays, table: TableArrays, rivals: np.ndarray, rival_probs: np.ndarray,
+    calibration: Calibration, evidence: Evidence, max_depth: int, tokens: np.ndarray, parents: np.ndarray, sources: np.ndarray,
+    path_probs: np.ndarray,
 ) -> int:  # fmt: skip
     """Fill tokens, parents, sources, path_probs [budget] from node 1 on (node 0 is given); returns the number of nodes N.
 
@@ -116,7 +125,13 @@ def _grow(
     keys = np.zeros(budget)
     size, count, node = 0, 1, 0
     while True:
-        collect(own, shared, table, evidence, node, votes)
+        if node > 0:
+            parent = parents[node]
+            rivals, rival_probs = (
+                evidence.tokens[parent, : evidence.counts[parent]],
+                evidence.probs[parent, : evidence.counts[parent]],
+            )
+        collect(own, shared, table, rivals, rival_probs, evidence, node, votes)
         score(evidence, node, calibration)
         if evidence.counts[node] > 0 and depths[node] < max_depth:
             keys[node] = path_probs[node] * evidence.probs[node, 0]
@@ -197,6 +212,7 @@ class BestFirst:
         first = max(0, start - TAIL)
         text = np.array(seq.token_ids[first : start + len(top.tokens)], np.int32)
         self._table.observe_text(text, start - first, top)
+        self._requests[seq.id].weigh(top, len(top.tokens) - 1)
 
     def build(self, seqs: Seq[Sequence], budgets: Seq[int], depths: Seq[int]) -> list[DraftTree]:
         """One tree a row; with a cost model all rows get the one size that pays best for the batch."""
@@ -210,16 +226,16 @@ class BestFirst:
         """Learn from every candidate of the visited nodes, and from the logits of all nodes; rows of -1 in `top` are skipped."""
         draft = tree.evidence
         if not isinstance(draft, _Draft):
-            raise ValueError("tree must come from this builder's build(): it carries no best_first evidence")
+            return  # a plain step that this builder was not asked about
         nodes = verdict.nodes
         outcomes = np.append(tree.tokens[nodes[1:]], verdict.next_token)
-        known = len(nodes) - 1 if seq.finished else len(nodes)  # a text that stopped says nothing about what comes next
-        _learn_path(draft.evidence, nodes[:known], outcomes[:known], self._calibration(seq.params))
+        _learn_path(draft.evidence, nodes, outcomes, self._calibration(seq.params))
         if top is not None:
             rejected = np.ones(len(tree), np.bool_)
             rejected[nodes] = False
             order = np.concatenate([np.flatnonzero(rejected), nodes])  # the accepted path has the last word
             self._table.observe_nodes(draft.evidence.tails, order, top)
+            self._requests[seq.id].weigh(top, int(nodes[-1]))
 
     def finish(self, seq: Sequence) -> None:
         """Keep the request's text as context of later ones."""
@@ -279,8 +295,8 @@ class BestFirst:
         sources = np.full(budget, Source.ROOT, np.uint8)
         path_probs = np.ones(budget)
         count = _grow(
-            request.index.arrays, self._shared.arrays, self._table.arrays, self._calibration(seq.params), evidence,
-            min(depth, MAX_DEPTH), tokens, parents, sources, path_probs,
+            request.index.arrays, self._shared.arrays, self._table.arrays, request.rivals, request.rival_probs,
+            self._calibration(seq.params), evidence, min(depth, MAX_DEPTH), tokens, parents, sources, path_probs,
         )  # fmt: skip
         return DraftTree(tokens[:count], parents[:count], sources[:count], evidence=_Draft(evidence, path_probs[:count]))
 

@@ -1,10 +1,11 @@
 """What may follow a node of a draft tree: candidates from the text and from the table, and why each is one.
 
-Five sources look at the last tokens of a node's own path (committed text, then draft), so that spine, agreement and disagreement
+Six sources look at the last tokens of a node's own path (committed text, then draft), so that spine, agreement and disagreement
 need no special case (drafting.md 4.5, 5.7):
 
     OWN, SHARED    up to `OCCURRENCES` recent places where the longest suffix occurred in this request, in earlier ones
     ORDER3..ORDER1 the table row of the last 3, 2, 1 tokens
+    LEFTOVER       the node's own rivals: what may have stood in its place often comes right after it
 
 Every source files every candidate, also those that it did not propose, under one of its buckets: what its evidence looks like,
 coarsely. `calibration` learns from outcomes what a bucket is worth. Worked example, path "... the cat", own text "the cat sat"
@@ -22,10 +23,23 @@ from specdec._jit import njit
 from specdec.sources.context_table import MAX_ORDER, TableArrays, lookup
 from specdec.sources.ngram import IndexArrays, find, match_length
 
-__all__ = ["BUCKETS", "CANDIDATES", "CONTEXTS", "SOURCES", "TAIL", "Evidence", "collect", "context_bucket", "new_evidence", "table_bucket"]
+__all__ = [
+    "BUCKETS",
+    "CANDIDATES",
+    "CONTEXTS",
+    "SOURCES",
+    "TAIL",
+    "Evidence",
+    "collect",
+    "context_bucket",
+    "new_evidence",
+    "table_bucket",
+]
 
 TAIL = 16  # tokens of a path that are looked at: the longest match told apart
-SOURCES = 5  # OWN, SHARED, ORDER3, ORDER2, ORDER1
+SOURCES = 6  # OWN, SHARED, ORDER3, ORDER2, ORDER1, LEFTOVER
+LEFTOVER = SOURCES - 1
+LEFTOVERS = 5  # rivals that are looked at
 CONTEXTS = 2  # the first sources are n-gram indexes, the others table rows
 CANDIDATES = 40  # most candidates of one node
 OCCURRENCES = 16
@@ -168,8 +182,33 @@ def _order(table: TableArrays, evidence: Evidence, node: int, order: int, source
 
 
 @njit
-def collect(own: IndexArrays, shared: IndexArrays, table: TableArrays, evidence: Evidence, node: int, votes: np.ndarray) -> None:
-    """Write tokens, buckets and count of `node`, whose tail is there already. votes [3, C] is scratch."""
+def _leftovers(tokens: np.ndarray, probs: np.ndarray, evidence: Evidence, node: int) -> int:
+    """File the rivals of a node, most probable first; returns the bucket of other tokens."""
+    rank = 0
+    for other in range(min(len(tokens), LEFTOVERS + 1)):
+        token = tokens[other]
+        if token < 0 or rank == LEFTOVERS:
+            break
+        if token != evidence.tails[node, TAIL - 1]:
+            place = _candidate(evidence, node, token)
+            if place >= 0:
+                evidence.buckets[node, place, LEFTOVER] = table_bucket(True, rank, probs[other])
+            rank += 1
+    return table_bucket(rank > 0, -1, 0.0)
+
+
+@njit
+def collect(
+    own: IndexArrays, shared: IndexArrays, table: TableArrays, rivals: np.ndarray, rival_probs: np.ndarray, evidence: Evidence,
+    node: int, votes: np.ndarray,
+) -> None:  # fmt: skip
+    """Write tokens, buckets and count of `node`, whose tail is there already.
+
+    Args:
+        rivals: [R] int32, what may have stood in the node's place, most probable first; -1: none.
+        rival_probs: [R] float, their probabilities.
+        votes: [3, C] float64, scratch.
+    """
     evidence.counts[node] = 0
     absent = np.zeros(SOURCES, np.int16)
     absent[0] = _context(own, evidence, node, 0, votes)
@@ -177,6 +216,7 @@ def collect(own: IndexArrays, shared: IndexArrays, table: TableArrays, evidence:
     for order in range(MAX_ORDER, 0, -1):
         source = CONTEXTS + MAX_ORDER - order
         absent[source] = _order(table, evidence, node, order, source)
+    absent[LEFTOVER] = _leftovers(rivals, rival_probs, evidence, node)
     for place in range(evidence.counts[node]):
         for source in range(SOURCES):
             if evidence.buckets[node, place, source] < 0:
