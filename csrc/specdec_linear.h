@@ -30,8 +30,8 @@ struct LinearKernel {
 
 // One call in two parallel steps: pack() every row of x, then multiply() every block of kBlock output features.
 //
-// Guarantee (batch invariance): y[n, m] is one fixed sequence of operations over k whatever the number of rows, the tile it
-// falls into and the thread that runs it. A row's result is therefore the same bits alone or among others.
+// Guarantee (batch invariance): y[n, m] is one fixed sequence of operations over k, whatever the number of rows, the tile that
+// it falls into and the thread that runs it. A row's result is therefore the same bits alone or among others.
 class Linear {
  public:
   static constexpr int64_t kBlock = 8;

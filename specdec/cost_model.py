@@ -25,6 +25,8 @@ __all__ = ["CONTEXTS", "NODES", "CostModel"]
 
 NODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 CONTEXTS = (256, 2048)
+_CONTEXT_STEP = 64
+_BATCH = 8  # observations applied together
 _RATE = 0.05  # share of one observation, once for all sizes (the machine drifts) and once for its own
 _LARGEST_RATIO = 2.0  # one observation counts as at most this far off: an outlier is no trend
 
@@ -66,6 +68,8 @@ class CostModel:
         self._rows = sorted({key[0] for key in table})
         self._sizes = {row: sorted({key[1] for key in table if key[0] == row}) for row in self._rows}
         self._contexts = {key[:2]: sorted(other[2] for other in table if other[:2] == key[:2]) for key in table}
+        self._pending: list[tuple[int, int, float]] = []  # (row, bucket, step) of observations that are not in the table yet
+        self._curves: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     @classmethod
     def measure(
@@ -101,19 +105,42 @@ class CostModel:
     def seconds(self, nodes: int, context: int = 256, rows: int = 1) -> float:
         """Predicted seconds of a forward over `nodes` nodes a row; never falls when nodes grow."""
         points = self._row_points(rows)
+        if rows > points[-1]:  # more rows than were measured: what costs is rows x nodes
+            return self._row_seconds(points[-1], -(-nodes * rows // points[-1]), context)
         times = [self._row_seconds(point, nodes, context) for point in points]
-        return _interpolate(points, times, min(rows, points[-1])) * max(1.0, rows / points[-1])
+        return _interpolate(points, times, rows)
+
+    def curve(self, context: int = 256, rows: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """The measured sizes [S] and the seconds of a forward at each [S]; contexts are rounded, and the answer is remembered."""
+        rounded = context // _CONTEXT_STEP * _CONTEXT_STEP
+        if (rounded, rows) not in self._curves:
+            sizes = self.sizes(rows)
+            seconds = np.array([self.seconds(size, rounded, rows) for size in sizes])
+            self._curves[rounded, rows] = (np.array(sizes), seconds)
+        return self._curves[rounded, rows]
 
     def observe(self, nodes: int, context: int, rows: int, seconds: float) -> None:
-        """Learn from one timed forward: a bounded move of the whole table, and of the entries it was predicted from."""
+        """Learn from one timed forward: a bounded move of the whole table, and of the entries it was predicted from.
+
+        Applied every few calls, so that a step costs microseconds.
+        """
         if not seconds > 0:
             return
-        ratio = seconds / self.seconds(nodes, context, rows)
-        step = float(np.clip(ratio, 1 / _LARGEST_RATIO, _LARGEST_RATIO)) ** _RATE
+        sizes, predicted = self.curve(context, rows)
+        place = min(int(np.searchsorted(sizes, nodes)), len(sizes) - 1)
+        ratio = seconds / (float(predicted[place]) * max(1.0, nodes / int(sizes[place])))
+        step = min(max(ratio, 1 / _LARGEST_RATIO), _LARGEST_RATIO) ** _RATE
         row = min(self._row_points(rows), key=lambda point: abs(point - rows))
-        bucket = self._bucket(row, nodes)
-        for key in self.table:
-            self.table[key] *= step * (step if key[:2] == (row, bucket) else 1.0)
+        self._pending.append((row, int(sizes[place]), step))
+        if len(self._pending) >= _BATCH:
+            self._apply()
+
+    def _apply(self) -> None:
+        for row, bucket, step in self._pending:
+            for key in self.table:
+                self.table[key] *= step * (step if key[:2] == (row, bucket) else 1.0)
+        self._pending.clear()
+        self._curves.clear()
 
     def observe_host(self, seconds: float) -> None:
         """Learn the host time of one speculative step."""
@@ -124,15 +151,15 @@ class CostModel:
 
         The gain is tokens a second relative to a step of the root alone without drafting; 1.0 for m* = 1.
         """
-        plain = self.seconds(1, context, rows)
-        best, gain = 1, 1.0
-        for nodes in sorted({min(size, len(expected)) for size in self.sizes(rows)} | {len(expected)}):
-            if nodes < 2:
-                continue
-            rate = float(expected[nodes - 1]) * plain / (self.seconds(nodes, context, rows) + self.host_seconds)
-            if rate > gain:
-                best, gain = nodes, rate
-        return best, gain
+        sizes, seconds = self.curve(context, rows)
+        plain = float(seconds[0]) if sizes[0] == 1 else self.seconds(1, context, rows)
+        reached = np.minimum(sizes, len(expected))  # a tree of fewer nodes than the plateau holds costs the plateau
+        rates = expected[reached - 1] * plain / (seconds + self.host_seconds)
+        rates[reached < 2] = 0.0
+        first_beyond = int(np.searchsorted(sizes, len(expected)))
+        rates[first_beyond + 1 :] = 0.0
+        best = int(np.argmax(rates))
+        return (int(reached[best]), float(rates[best])) if rates[best] > 1.0 else (1, 1.0)
 
     def save(self, path: str | os.PathLike[str], fingerprint: str) -> None:
         """Write the table under `fingerprint` (model, device, dtype, threads ...) beside those of other machines; atomic."""

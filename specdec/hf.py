@@ -1,4 +1,4 @@
-"""generate() for `model.generate(..., custom_generate=specdec.generate)`, and accelerate(): generate()'s contract, specdec's loop.
+"""generate() for `model.generate(..., custom_generate=specdec.generate)`, and accelerate(): generate()'s contract.
 
 What reaches a custom_generate callable is settled by transformers: the inputs are expanded, the processors, criteria and the
 generation config are prepared, and `streamer`, `tokenizer` and `stop_strings` never arrive (use accelerate(), a direct call of
@@ -235,8 +235,8 @@ def _refuse(model: Any, config: Any, processors: Any, kwargs: dict[str, Any]) ->
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
-            f"specdec does greedy search and sampling, this call asks for {mode.value} (num_beams={config.num_beams}, penalty_alpha="
-            f"{config.penalty_alpha}, prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}); fix: leave those out"
+            f"specdec does greedy search and sampling, this call asks for {mode.value} (num_beams={config.num_beams}, "
+            f"penalty_alpha={config.penalty_alpha}, prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}); fix: leave them out"
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; specdec works on decoder-only models")
@@ -258,9 +258,7 @@ def _refuse(model: Any, config: Any, processors: Any, kwargs: dict[str, Any]) ->
     if getattr(kwargs.get("past_key_values"), "_is_user_defined", False):
         raise ValueError("past_key_values of the caller is not supported; fix: pass the whole text as input_ids")
     if unknown := sorted(name for name, value in kwargs.items() if name not in _MODEL_KWARGS and value is not None):
-        raise ValueError(
-            f"specdec does not know the model arguments {unknown} and will not ignore them; fix: leave them out, or do without specdec"
-        )
+        raise ValueError(f"specdec does not know the model arguments {unknown} and will not ignore them; fix: leave them out")
 
 
 def _decode(

@@ -34,7 +34,7 @@ __all__ = ["HAVE_OP", "FastLinear", "instruction_set", "linear", "linear_referen
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNLIMITED = sys.maxsize
 PROBE_ROWS = (1, 8, 64, 256)
-PROBE_BYTES = 32 << 20  # of weights in one pass: more than most caches keep
+PROBE_BYTES = 32 << 20  # of weights in one pass over few rows: more than most caches keep
 MAX_COPIES = 32  # of one weight: thousands of calls on tiny ones would take seconds
 MIN_ADVANTAGE = 1.05
 MAX_LOSS = 0.9  # at few rows, accepted where many rows win: one arithmetic for all of them is worth more
@@ -44,7 +44,7 @@ def _load_op() -> bool:
     """Load the compiled library that lies beside this file, if there is one."""
     if os.environ.get("SPECDEC_NO_EXT") == "1":
         return False
-    for path in sorted(Path(__file__).parent.glob("_C*")):
+    for path in sorted(Path(__file__).parent.glob("_C*.so")):
         try:
             torch.ops.load_library(str(path))
             return True
@@ -108,18 +108,18 @@ def measure_advantage(
 ) -> dict[int, float]:
     """How many times faster the op is than torch, for each number of rows, over weights of these [out, in] shapes.
 
-    The weights of one pass do not fit in the cache, as a model's do not. Takes some tenths of a second.
+    The weights of one pass do not fit in the cache, as a model's do not; with more rows, where arithmetic is what counts, they
+    are fewer. Takes some tenths of a second.
     """
     if not HAVE_OP:
         return dict.fromkeys(rows, 0.0)
     with torch.inference_mode():
-        weights = _probe_weights(shapes, dtype)
-        return {n: _advantage(weights, n, repeats) for n in rows}
+        return {n: _advantage(_probe_weights(shapes, dtype, PROBE_BYTES // max(1, n // 8)), n, repeats) for n in rows}
 
 
-def _probe_weights(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
-    """Weights of these shapes, tall ones cut, repeated until they are PROBE_BYTES together."""
-    share = PROBE_BYTES // (len(shapes) * dtype.itemsize)
+def _probe_weights(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, size: int) -> list[Tensor]:
+    """Weights of these shapes, tall ones cut, repeated until they are `size` bytes together."""
+    share = size // (len(shapes) * dtype.itemsize)
     weights: list[Tensor] = []
     for out_features, in_features in shapes:
         out_features = min(out_features, max(1, share // in_features))

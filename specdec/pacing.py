@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from specdec._cache import cache_folder
-from specdec.cost_model import CostModel
+from specdec.cost_model import CONTEXTS, CostModel
 from specdec.draft_tree import DraftTree
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_NODES", "Pacer"]
 
 MAX_NODES = 64
-SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
+TRY_NODES = 4  # of such a try
 PROBE = 32  # plain steps between two tries, where speculation does not pay
 DECAY = 0.9
 SWITCH = 1.03  # hysteresis: another size must be this much better
@@ -64,14 +64,16 @@ class Pacer:
             self._plain = 0
             return best
         self._plain += 1
-        return SIZES[1] if self._plain % PROBE == 0 else 1
+        return TRY_NODES if self._plain % PROBE == 0 else 1
 
     def _best_size(self, rows: int, context: int) -> int:
         assert self.cost_model is not None
-        rate = {m: (1 + self._gain * math.log2(m)) / self.cost_model.seconds(m, context, rows) for m in SIZES}
-        best = max(rate, key=rate.__getitem__)
-        if rate[best] > SWITCH * rate[self._size]:
-            self._size = best
+        sizes, seconds = self.cost_model.curve(context, rows)
+        rates = (1 + self._gain * np.log2(sizes)) / seconds
+        best = int(np.argmax(rates))
+        now = int(np.searchsorted(sizes, self._size))
+        if now >= len(sizes) or rates[best] > SWITCH * rates[now]:
+            self._size = int(sizes[best])
         return self._size
 
     def observe(self, stats: StepStats, context: int) -> None:
@@ -96,7 +98,9 @@ def measured_costs(target: TargetModel) -> CostModel:
     path = cache_folder("costs") / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.json"
     if (known := CostModel.load(path, fingerprint)) is not None:
         return known
-    model = CostModel.measure(_timer(target))
+    longest = (target.max_positions or max(CONTEXTS) + MAX_NODES) - MAX_NODES
+    contexts = [context for context in CONTEXTS if context <= longest] or [max(0, longest)]
+    model = CostModel.measure(_timer(target), contexts=contexts)
     model.save(path, fingerprint)
     return model
 

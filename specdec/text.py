@@ -60,7 +60,9 @@ class Detokenizer:
         now = self._decode(output_ids[self._start :])
         if final or not now.endswith("\ufffd"):  # an incomplete character waits for its other bytes
             self._pending += now[len(before) :]
-            self._start, self._read = self._read, len(output_ids)
+            if len(now) > len(before):  # tokens without text (special ones) are no context: a space after them would be lost
+                self._start = self._read
+            self._read = len(output_ids)
         return self._release(final)
 
     def _decode(self, token_ids: Seq[int]) -> str:

@@ -25,7 +25,13 @@ def test_never_falls_with_nodes() -> None:
 
 def test_rows_interpolate() -> None:
     model = CostModel({(1, 1, 0): 0.02, (5, 1, 0): 0.04})
-    assert [model.seconds(1, 0, rows) for rows in (1, 3, 5, 9)] == pytest.approx([0.02, 0.03, 0.04, 0.04 * 9 / 5])
+    assert [model.seconds(1, 0, rows) for rows in (1, 3, 5)] == pytest.approx([0.02, 0.03, 0.04])
+
+
+def test_more_rows_than_measured_cost_as_so_many_nodes() -> None:
+    model = CostModel(TABLE)
+    assert model.seconds(4, 0, rows=4) == model.seconds(16, 0)
+    assert model.seconds(16, 0, rows=2) == pytest.approx(2 * model.seconds(16, 0))
 
 
 def test_docstring_example_picks_eight() -> None:

@@ -7,10 +7,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from specdec.engine import StepStats
-from specdec.pacing import MAX_NODES, PROBE, SIZES, Pacer
+from specdec.pacing import MAX_NODES, PROBE, TRY_NODES, Pacer
+
+SIZES = (1, 4, 8, 12, 16, 24, 32, 48, 64)
 
 
 class Costs:
@@ -22,6 +25,9 @@ class Costs:
 
     def seconds(self, nodes: int, context: int, rows: int = 1) -> float:
         return self.base + self.slope * nodes
+
+    def curve(self, context: int, rows: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(SIZES), np.array([self.seconds(size, context, rows) for size in SIZES])
 
     def observe(self, nodes: int, context: int, rows: int, seconds: float) -> None:
         self.seen.append((nodes, context, rows, seconds))
@@ -75,7 +81,7 @@ def test_drafts_that_never_hit_cost_almost_nothing(monkeypatch: pytest.MonkeyPat
     budgets = drive(make_pacer(monkeypatch), 400, lambda nodes: 1.0)
     later = budgets[100:]
     tries = [m for m in later if m > 1]
-    assert len(tries) <= len(later) / PROBE + 1 and set(tries) == {SIZES[1]}
+    assert len(tries) <= len(later) / PROBE + 1 and set(tries) == {TRY_NODES}
     assert tries, "it must go on trying"
 
 

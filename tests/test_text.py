@@ -72,7 +72,7 @@ def test_pieces_are_the_text(name: str, stops: tuple[str, ...]) -> None:
     name=st.sampled_from(sorted(TOKENIZERS)),
     stops=st.lists(st.text(ALPHABET, min_size=1, max_size=3), max_size=3),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_tokens_in_any_groups(data: Any, name: str, stops: list[str]) -> None:
     """Also bytes that are no characters, and special tokens in the middle."""
     tokenizer = TOKENIZERS[name]

@@ -21,6 +21,7 @@
 #endif
 
 #define SPECDEC_INLINE inline __attribute__((always_inline))
+// A tile is a function of its own: inlined beside others, its sums no longer get all the registers.
 #define SPECDEC_NOINLINE __attribute__((noinline))
 
 #if defined(__clang__)
@@ -123,6 +124,7 @@ using Vec = __m256;
 using Quad = __m128;
 
 SPECDEC_INLINE Vec zero() { return _mm256_setzero_ps(); }
+// Keeps v in a register here: the compiler neither folds its load into each use nor moves it.
 SPECDEC_INLINE void keep(Vec& v) { asm volatile("" : "+x"(v)); }
 SPECDEC_INLINE Quad add(Quad a, Quad b) { return _mm_add_ps(a, b); }
 
@@ -157,7 +159,7 @@ struct Floats {
   using Operand = Vec;
   static SPECDEC_INLINE Vec load(const float* from) { return _mm256_loadu_ps(from); }
   static SPECDEC_INLINE void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
-  static SPECDEC_INLINE Vec fma(Vec a, Vec b, Vec c) {  // in place: with the intrinsic, sums wander and spill
+  static SPECDEC_INLINE Vec fma(Vec a, Vec b, Vec c) {  // in place: of the intrinsic, GCC 12 spills sums
     asm volatile("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b));
     return c;
   }
@@ -191,7 +193,7 @@ struct Format<BFloat16> : Floats {
   template <int P>
   static SPECDEC_INLINE Vec part(const BFloat16* from) {
     __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    asm volatile("" : "+x"(both));
+    asm volatile("" : "+x"(both));  // loaded for each part: kept from one to the other, it would push sums out of registers
     return _mm256_castsi256_ps(P == 0 ? _mm256_slli_epi32(both, 16) : _mm256_slli_epi32(_mm256_srli_epi32(both, 16), 16));
   }
 };

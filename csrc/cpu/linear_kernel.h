@@ -21,10 +21,10 @@ SPECDEC_INLINE void step(const T* const (&w)[MR], const typename Format<T>::Pack
   if constexpr (P + 1 < F::kParts) step<T, MR, NR, P + 1>(w, x, x_stride, k, sums);
 }
 
-// The weights of the tile after this one, fetched meanwhile: rows follow each other, so one run of bytes.
+// What a tile fetches into the cache meanwhile, some lines a step: the weights of the next tile, which follow its own.
 struct Ahead {
   const char* from;
-  int64_t bytes_a_step;  // 0: nothing to fetch
+  int64_t bytes_a_step;
 };
 
 // y[n, m] = w[m] . x[n] + bias[m] for MR rows of weight and NR packed rows of x; y's rows are kOutputs apart.
@@ -80,6 +80,9 @@ void multiply_block(const LinearArgs& args, const void* packed, int64_t first_ro
   using F = Format<T>;
   const int64_t x_stride = packed_stride<T>(args), groups = (rows + NR - 1) / NR;
   const auto* x = static_cast<const typename F::Packed*>(packed) + first_row * x_stride;
+  constexpr int64_t step_bytes = MR * F::kStep * sizeof(T);
+  const int64_t tile_bytes = MR * args.in_features * sizeof(T);
+  const int64_t fetchers = std::min<int64_t>(groups, step_bytes < 2 * kLine ? 1 : 2);
   float bias[kOutputs] = {};
   if (args.bias != nullptr)
     for (int64_t m = 0; m < count; ++m) bias[m] = float(static_cast<const T*>(args.bias)[out + m]);
@@ -90,11 +93,10 @@ void multiply_block(const LinearArgs& args, const void* packed, int64_t first_ro
     for (int m = 0; m < MR; ++m)  // past the last row: the first again, not stored
       w[m] = static_cast<const T*>(args.weight) + (out + done + (done + m < count ? m : 0)) * args.in_features;
     const char* next = reinterpret_cast<const char*>(w[0] + MR * args.in_features);
-    const int64_t next_bytes = first_row == 0 ? MR * F::kStep * int64_t(sizeof(T)) : 0;
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t begin = rows * group / groups, size = rows * (group + 1) / groups - begin;
-      const int64_t half = next_bytes * args.in_features / F::kStep / 2;
-      const Ahead ahead = groups == 1 ? Ahead{next, next_bytes} : Ahead{next + group * half, group < 2 ? next_bytes / 2 : 0};
+      const bool fetches = first_row == 0 && group < fetchers;
+      const Ahead ahead = {next + group * (tile_bytes / fetchers), fetches ? step_bytes / fetchers : 0};
       tile_of<T, MR, NR>(size, w, x + begin * x_stride, x_stride, args.in_features, bias + done,
                          block + begin * kOutputs + done, ahead);
     }

@@ -22,7 +22,8 @@ __all__ = ["Calibration", "initial", "learn", "score"]
 DECAY = 0.998  # of a bucket's counts, at each of its own trials
 PRIOR = 4.0  # trials that the starting values count as
 RATE = 0.02  # step of the weights
-WEIGHTS = (0.36, 0.2, 0.1, 0.5, 0.25, 0.2, 0.6)  # start; the last is w0
+CENTRE = 3.0
+WEIGHTS = (0.3, 0.45, 0.0, 0.4, 0.5, 0.25, 0.2, -1.4)  # start; the last is w0
 
 
 class Calibration(NamedTuple):
@@ -55,7 +56,7 @@ def _context_prior(values: np.ndarray, source: int) -> None:
 
 
 def _table_prior(values: np.ndarray, source: int) -> None:
-    trust = (0.9, 0.8, 0.6, 0.1)[source - CONTEXTS]
+    trust = (0.9, 0.8, 0.6, 0.1, 0.1)[source - CONTEXTS]
     values[table_bucket(True, -1, 0.0)] = 0.02
     for rank in range(8):
         for level in range(10):
@@ -65,8 +66,9 @@ def _table_prior(values: np.ndarray, source: int) -> None:
 
 @njit
 def _log_odds(success: float, trials: float) -> float:
+    """Log-odds relative to those of 1 in 20, so that an opinion that says nothing is near 0."""
     prob = min(max(success / trials, 0.0005), 0.9995)
-    return np.log(prob / (1.0 - prob))
+    return np.log(prob / (1.0 - prob)) + CENTRE
 
 
 @njit

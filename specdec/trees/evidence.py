@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 TAIL = 16  # tokens of a path that are looked at: the longest match told apart
-SOURCES = 6  # OWN, SHARED, ORDER3, ORDER2, ORDER1, LEFTOVER
-LEFTOVER = SOURCES - 1
+SOURCES = 7  # OWN, SHARED, ORDER3, ORDER2, ORDER1, LEFTOVER, SHIFTED
+LEFTOVER, SHIFTED = SOURCES - 2, SOURCES - 1
 LEFTOVERS = 5  # rivals that are looked at
 CONTEXTS = 2  # the first sources are n-gram indexes, the others table rows
 CANDIDATES = 40  # most candidates of one node
@@ -198,6 +198,27 @@ def _leftovers(tokens: np.ndarray, probs: np.ndarray, evidence: Evidence, node: 
 
 
 @njit
+def _shifted(table: TableArrays, rivals: np.ndarray, evidence: Evidence, node: int) -> int:
+    """File what the table has after the node's strongest rival, in the node's own place."""
+    tail = evidence.tails[node]
+    own = tail[TAIL - 1]
+    rival = -1
+    for other in range(min(2, len(rivals))):
+        if rivals[other] != own:
+            rival = rivals[other]
+            break
+    if rival < 0:
+        return 0
+    tail[TAIL - 1] = rival
+    bucket = 0
+    for order in range(MAX_ORDER, 0, -1):
+        if bucket == 0:
+            bucket = _order(table, evidence, node, order, SHIFTED)
+    tail[TAIL - 1] = own
+    return bucket
+
+
+@njit
 def collect(
     own: IndexArrays, shared: IndexArrays, table: TableArrays, rivals: np.ndarray, rival_probs: np.ndarray, evidence: Evidence,
     node: int, votes: np.ndarray,
@@ -216,6 +237,7 @@ def collect(
     for order in range(MAX_ORDER, 0, -1):
         source = CONTEXTS + MAX_ORDER - order
         absent[source] = _order(table, evidence, node, order, source)
+    absent[SHIFTED] = _shifted(table, rivals, evidence, node)
     absent[LEFTOVER] = _leftovers(rivals, rival_probs, evidence, node)
     for place in range(evidence.counts[node]):
         for source in range(SOURCES):
