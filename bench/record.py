@@ -117,7 +117,7 @@ def save(path: Path, texts: list[_Text]) -> None:
         "top_logits": np.concatenate([part for text in texts for part in [*text.logits, unknown[1]]]),
         "logsumexp": np.concatenate([part for text in texts for part in [*text.logsumexp, unknown[2]]]),
     }
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
 def main() -> None:

@@ -1,10 +1,9 @@
 """CostModel: how long one forward takes, and from that the tree size that pays best.
 
 t(rows, nodes, context) is measured at a few sizes with the code path that decodes (drafting.md 5.3): step-wise in nodes (a size
-costs what the next measured size costs), linear in context and between
-row counts; beyond the largest tree and batch it grows in proportion. The best size of a tree whose m most probable nodes are
-worth S_m expected tokens is argmax S_m / (t(m) + t_host) (5.2); only the measured sizes are candidates, since filling a plateau
-costs nothing. Worked example, t = {1: 20 ms, 8: 24 ms, 16: 40 ms}, S = {1: 1, 8: 1.8, 16: 2.2}: 50, 75 and 55 tokens a second,
+costs what the next measured size costs), linear in context and between row counts; beyond the largest tree and batch it grows in
+proportion. The best size of a tree whose m most probable nodes are worth S_m expected tokens is argmax S_m / (t(m) + t_host)
+(5.2); only the measured sizes are candidates, since filling a plateau costs nothing. Worked example, t = {1: 20 ms, 8: 24 ms, 16: 40 ms}, S = {1: 1, 8: 1.8, 16: 2.2}: 50, 75 and 55 tokens a second,
 so 8 nodes.
 """
 

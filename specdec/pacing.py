@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_NODES", "Pacer"]
 
 MAX_NODES = 64
+HOST_PHASES = ("draft", "accept", "commit", "learn")
 TRY_NODES = 4  # of such a try
 PROBE = 32  # plain steps between two tries, where speculation does not pay
 DECAY = 0.9
@@ -82,6 +83,7 @@ class Pacer:
             return
         self.cost_model.observe(stats.nodes, context, stats.rows, stats.times["forward"])
         if stats.nodes > 1:
+            self.cost_model.observe_host(sum(stats.times[phase] for phase in HOST_PHASES))
             gain = (stats.emitted / stats.rows - 1) / math.log2(stats.nodes)
             self._gain += (1 - DECAY) * (gain - self._gain)
 

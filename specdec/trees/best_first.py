@@ -108,6 +108,15 @@ def _source(buckets: np.ndarray) -> int:
 
 
 @njit
+def _rivals(evidence: Evidence, parent: int, tokens: np.ndarray, probs: np.ndarray) -> None:
+    """Write the most probable children of a node, padded with -1."""
+    for rank in range(len(tokens)):
+        known = rank < evidence.counts[parent]
+        tokens[rank] = evidence.tokens[parent, evidence.order[parent, rank]] if known else -1
+        probs[rank] = evidence.probs[parent, evidence.order[parent, rank]] if known else 0.0
+
+
+@njit
 def _grow(
     own: IndexArrays, shared: IndexArrays, table: TableArrays, rivals: np.ndarray, rival_probs: np.ndarray,
     calibration: Calibration, evidence: Evidence, max_depth: int, tokens: np.ndarray, parents: np.ndarray, sources: np.ndarray,
@@ -115,7 +124,8 @@ def _grow(
 ) -> int:  # fmt: skip
     """Fill tokens, parents, sources, path_probs [budget] from node 1 on (node 0 is given); returns the number of nodes N.
 
-    Every node below N gets its evidence, leaves too: a walk that ends there learns from their candidates.
+    Every node below N gets its evidence, leaves too: a walk that ends there learns from their candidates. `rivals` and
+    `rival_probs` [R] come with the root's and are overwritten.
     """
     budget = len(tokens)
     votes = np.empty((3, CANDIDATES))
@@ -126,21 +136,17 @@ def _grow(
     size, count, node = 0, 1, 0
     while True:
         if node > 0:
-            parent = parents[node]
-            rivals, rival_probs = (
-                evidence.tokens[parent, : evidence.counts[parent]],
-                evidence.probs[parent, : evidence.counts[parent]],
-            )
+            _rivals(evidence, parents[node], rivals, rival_probs)
         collect(own, shared, table, rivals, rival_probs, evidence, node, votes)
         score(evidence, node, calibration)
         if evidence.counts[node] > 0 and depths[node] < max_depth:
-            keys[node] = path_probs[node] * evidence.probs[node, 0]
+            keys[node] = path_probs[node] * evidence.probs[node, evidence.order[node, 0]]
             _push(heap, size, keys, node)
             size += 1
         if count == budget or size == 0 or keys[heap[0]] < MIN_PROB:
             return count
         parent, node = heap[0], count
-        choice = following[parent]
+        choice = evidence.order[parent, following[parent]]
         tokens[node] = evidence.tokens[parent, choice]
         parents[node] = parent
         sources[node] = _source(evidence.buckets[parent, choice])
@@ -149,9 +155,9 @@ def _grow(
         evidence.tails[node, : TAIL - 1] = evidence.tails[parent, 1:]
         evidence.tails[node, TAIL - 1] = tokens[node]
         count += 1
-        following[parent] = choice + 1
-        if choice + 1 < evidence.counts[parent]:
-            keys[parent] = path_probs[parent] * evidence.probs[parent, choice + 1]
+        following[parent] += 1
+        if following[parent] < evidence.counts[parent]:
+            keys[parent] = path_probs[parent] * evidence.probs[parent, evidence.order[parent, following[parent]]]
         else:
             size -= 1
             heap[0] = heap[size]
@@ -295,7 +301,7 @@ class BestFirst:
         sources = np.full(budget, Source.ROOT, np.uint8)
         path_probs = np.ones(budget)
         count = _grow(
-            request.index.arrays, self._shared.arrays, self._table.arrays, request.rivals, request.rival_probs,
+            request.index.arrays, self._shared.arrays, self._table.arrays, request.rivals.copy(), request.rival_probs.copy(),
             self._calibration(seq.params), evidence, min(depth, MAX_DEPTH), tokens, parents, sources, path_probs,
         )  # fmt: skip
         return DraftTree(tokens[:count], parents[:count], sources[:count], evidence=_Draft(evidence, path_probs[:count]))

@@ -22,7 +22,8 @@ __all__ = ["Calibration", "initial", "learn", "score"]
 DECAY = 0.998  # of a bucket's counts, at each of its own trials
 PRIOR = 4.0  # trials that the starting values count as
 RATE = 0.02  # step of the weights
-CENTRE = 3.0
+CENTRE = 3.0  # minus the log-odds of 1 in 20
+LEAST = 0.0005  # opinions are clipped to LEAST .. 1 - LEAST
 WEIGHTS = (0.3, 0.45, 0.0, 0.4, 0.5, 0.25, 0.2, -1.4)  # start; the last is w0
 
 
@@ -31,6 +32,7 @@ class Calibration(NamedTuple):
 
     success: np.ndarray  # [SOURCES, BUCKETS] float64, decayed
     trials: np.ndarray  # [SOURCES, BUCKETS] float64, decayed
+    opinions: np.ndarray  # [SOURCES, BUCKETS] float64, log-odds of success / trials, relative to those of 1 in 20
     weights: np.ndarray  # [SOURCES + 1] float64
 
 
@@ -41,7 +43,8 @@ def initial() -> Calibration:
         fill = _context_prior if source < CONTEXTS else _table_prior
         fill(odds[source], source)
     trials = np.full((SOURCES, BUCKETS), PRIOR)
-    return Calibration(odds * trials, trials, np.array(WEIGHTS))
+    clipped = np.clip(odds, LEAST, 1 - LEAST)
+    return Calibration(odds * trials, trials, np.log(clipped / (1 - clipped)) + CENTRE, np.array(WEIGHTS))
 
 
 def _context_prior(values: np.ndarray, source: int) -> None:
@@ -65,55 +68,54 @@ def _table_prior(values: np.ndarray, source: int) -> None:
 
 
 @njit
-def _log_odds(success: float, trials: float) -> float:
+def _opinion(success: float, trials: float) -> float:
     """Log-odds relative to those of 1 in 20, so that an opinion that says nothing is near 0."""
-    prob = min(max(success / trials, 0.0005), 0.9995)
+    prob = min(max(success / trials, LEAST), 1.0 - LEAST)
     return np.log(prob / (1.0 - prob)) + CENTRE
 
 
 @njit
 def score(evidence: Evidence, node: int, calibration: Calibration) -> None:
-    """Write the probabilities of a node's candidates and sort them, most probable first."""
+    """Write the probabilities of a node's candidates, and their order."""
     total = 1.0
     count = evidence.counts[node]
-    weights = calibration.weights
+    weights, opinions = calibration.weights, calibration.opinions
+    buckets, probs = evidence.buckets[node], evidence.probs[node]
     for place in range(count):
         z = weights[SOURCES]
         for source in range(SOURCES):
-            bucket = evidence.buckets[node, place, source]
-            z += weights[source] * _log_odds(calibration.success[source, bucket], calibration.trials[source, bucket])
-        evidence.probs[node, place] = np.exp(min(z, 20.0))
-        total += evidence.probs[node, place]
+            z += weights[source] * opinions[source, buckets[place, source]]
+        probs[place] = np.exp(min(z, 20.0))
+        total += probs[place]
     for place in range(count):
-        evidence.probs[node, place] /= total
-    _sort(evidence.tokens[node], evidence.buckets[node], evidence.probs[node], count)
+        probs[place] /= total
+    _sort(probs, evidence.order[node], count)
 
 
 @njit
-def _sort(tokens: np.ndarray, buckets: np.ndarray, probs: np.ndarray, count: int) -> None:
+def _sort(probs: np.ndarray, order: np.ndarray, count: int) -> None:
     """Stable insertion sort by descending probability: ties keep the order of the sources."""
-    for right in range(1, count):
-        token, prob = tokens[right], probs[right]
-        row = buckets[right].copy()
+    for right in range(count):
+        prob = probs[right]
         place = right
-        while place > 0 and probs[place - 1] < prob:
-            tokens[place], probs[place], buckets[place] = tokens[place - 1], probs[place - 1], buckets[place - 1]
+        while place > 0 and probs[order[place - 1]] < prob:
+            order[place] = order[place - 1]
             place -= 1
-        tokens[place], probs[place], buckets[place] = token, prob, row
+        order[place] = right
 
 
 @njit
 def learn(evidence: Evidence, node: int, token: int, calibration: Calibration) -> None:
     """One visited node: `token` is what followed it in the end."""
-    weights, success, trials = calibration.weights, calibration.success, calibration.trials
+    weights, opinions = calibration.weights, calibration.opinions
+    success, trials = calibration.success, calibration.trials
     count = evidence.counts[node]
     step = np.zeros(SOURCES + 1)
     for place in range(count):
         error = (1.0 if evidence.tokens[node, place] == token else 0.0) - evidence.probs[node, place]
         step[SOURCES] += error
         for source in range(SOURCES):
-            bucket = evidence.buckets[node, place, source]
-            step[source] += error * _log_odds(success[source, bucket], trials[source, bucket])
+            step[source] += error * opinions[source, evidence.buckets[node, place, source]]
     for source in range(SOURCES + 1):
         weights[source] += RATE * min(max(step[source], -10.0), 10.0)
     for place in range(count):
@@ -122,3 +124,4 @@ def learn(evidence: Evidence, node: int, token: int, calibration: Calibration) -
             bucket = evidence.buckets[node, place, source]
             success[source, bucket] = success[source, bucket] * DECAY + hit
             trials[source, bucket] = trials[source, bucket] * DECAY + 1.0
+            opinions[source, bucket] = _opinion(success[source, bucket], trials[source, bucket])

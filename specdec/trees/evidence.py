@@ -1,11 +1,12 @@
 """What may follow a node of a draft tree: candidates from the text and from the table, and why each is one.
 
-Six sources look at the last tokens of a node's own path (committed text, then draft), so that spine, agreement and disagreement
+Seven sources look at the last tokens of a node's own path (committed text, then draft), so that spine, agreement and disagreement
 need no special case (drafting.md 4.5, 5.7):
 
     OWN, SHARED    up to `OCCURRENCES` recent places where the longest suffix occurred in this request, in earlier ones
     ORDER3..ORDER1 the table row of the last 3, 2, 1 tokens
     LEFTOVER       the node's own rivals: what may have stood in its place often comes right after it
+    SHIFTED        what the table has after the node's strongest rival: text often goes on as it would have without the node
 
 Every source files every candidate, also those that it did not propose, under one of its buckets: what its evidence looks like,
 coarsely. `calibration` learns from outcomes what a bucket is worth. Worked example, path "... the cat", own text "the cat sat"
@@ -42,8 +43,9 @@ LEFTOVER, SHIFTED = SOURCES - 2, SOURCES - 1
 LEFTOVERS = 5  # rivals that are looked at
 CONTEXTS = 2  # the first sources are n-gram indexes, the others table rows
 CANDIDATES = 40  # most candidates of one node
-OCCURRENCES = 16
+OCCURRENCES = 8
 BACKOFF = 0.3  # weight of an occurrence, a token of context that it lacks
+_WEIGHTS = BACKOFF ** np.arange(TAIL, -1.0, -1.0)  # [TAIL + 1], by match length
 NO_TOKEN = -3  # fills the tail of a path shorter than TAIL; matches nothing
 
 MATCH_CLASSES = 8
@@ -55,9 +57,10 @@ BUCKETS = 1 + max(MATCH_CLASSES * _A_MATCH, 1 + _RANKS * _PROBS)
 class Evidence(NamedTuple):
     """Candidates of N nodes, at most C each. Rows of nodes with count -1 are unwritten."""
 
-    tokens: np.ndarray  # [N, C] int32, most probable first
+    tokens: np.ndarray  # [N, C] int32, in the order of the sources
     buckets: np.ndarray  # [N, C, SOURCES] int16
     probs: np.ndarray  # [N, C] float64, given that the node is on the accepted path
+    order: np.ndarray  # [N, C] int32, places in tokens by descending probability
     counts: np.ndarray  # [N] int32
     tails: np.ndarray  # [N, TAIL] int32, the last tokens up to and with the node
 
@@ -66,7 +69,8 @@ def new_evidence(nodes: int) -> Evidence:
     """Room for `nodes` nodes."""
     return Evidence(
         np.empty((nodes, CANDIDATES), np.int32), np.empty((nodes, CANDIDATES, SOURCES), np.int16),
-        np.empty((nodes, CANDIDATES)), np.full(nodes, -1, np.int32), np.full((nodes, TAIL), NO_TOKEN, np.int32),
+        np.empty((nodes, CANDIDATES)), np.empty((nodes, CANDIDATES), np.int32), np.full(nodes, -1, np.int32),
+        np.full((nodes, TAIL), NO_TOKEN, np.int32),
     )  # fmt: skip
 
 
@@ -147,7 +151,7 @@ def _occurrences(index: IndexArrays, evidence: Evidence, node: int, votes: np.nd
                 longest = max(longest, length)
                 place = _candidate(evidence, node, token)
                 if place >= 0:
-                    votes[0, place] += BACKOFF ** (TAIL - length)
+                    votes[0, place] += _WEIGHTS[length]
                     votes[1, place] += 1.0
                     votes[2, place] = max(votes[2, place], length)
             position = index.previous[row, position]
