@@ -56,6 +56,10 @@ class KVLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The name of get_max_length before transformers 5.1."""
+        return -1
+
 
 class KVCache(Cache):
     """Keys and values of `rows` sequences.

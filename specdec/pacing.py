@@ -8,6 +8,7 @@ and 3.5/60 tokens a ms: 8 nodes. At g = 0.05 one node wins: the engine decodes p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import platform
@@ -103,7 +104,8 @@ def measured_costs(target: TargetModel) -> CostModel:
     longest = (target.max_positions or max(CONTEXTS) + MAX_NODES) - MAX_NODES
     contexts = [context for context in CONTEXTS if context <= longest] or [max(0, longest)]
     model = CostModel.measure(_timer(target), contexts=contexts)
-    model.save(path, fingerprint)
+    with contextlib.suppress(OSError):  # a read-only cache: measured again next time
+        model.save(path, fingerprint)
     return model
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from specdec import hf
 from specdec.draft_tree import DraftTree, TopK, Verdict
 from specdec.methods import METHODS, Method
 from specdec.sequence import Sequence
@@ -78,7 +79,7 @@ class FakeBuilder:
 
 
 class installed:
-    """Inside the block, METHODS["fake"] makes `builder`."""
+    """Inside the block, METHODS["fake"] makes `builder`; the engines that specdec.generate keeps with it are forgotten after."""
 
     def __init__(self, builder: FakeBuilder) -> None:
         self.builder = builder
@@ -89,3 +90,6 @@ class installed:
 
     def __exit__(self, *_: object) -> None:
         METHODS.pop("fake", None)
+        for engines in hf._engines.values():
+            for key in [key for key in engines if key[0] == "fake"]:
+                del engines[key]

@@ -161,14 +161,14 @@ def test_probabilities_follow_the_outcomes() -> None:
     calibration = initial()
     evidence = new_evidence(1)
     seen = []
-    for _ in range(1500):
+    for _ in range(600):
         evidence.counts[0] = 2
         evidence.tokens[0, :2] = [5, 6]
         evidence.buckets[0, 0], evidence.buckets[0, 1] = 20, 30
         score(evidence, 0, calibration)
         seen.append(float(evidence.probs[0, list(evidence.tokens[0, :2]).index(5)]))
         learn(evidence, 0, rng.choice([5, 6, 7], p=[0.7, 0.1, 0.2]), calibration)
-    assert np.mean(seen[-500:]) == pytest.approx(0.7, abs=0.06)
+    assert np.mean(seen[-300:]) == pytest.approx(0.7, abs=0.08)
 
 
 def test_buckets_are_distinct_and_in_range() -> None:

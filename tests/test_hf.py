@@ -30,7 +30,7 @@ from specdec.methods import METHODS
 from specdec.randomness import Randomness
 from tiny_models import VOCAB, build, shared
 
-NEW = 24
+NEW = 16
 TINY = {"initializer_range": 0.4, "vocab_size": 258, "eos_token_id": None}
 
 
@@ -50,21 +50,26 @@ def texts_of(output: Any, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
     return [row[pad:].tolist() for row, pad in zip(sequences, pads.tolist())]
 
 
-def everyway(model: Any, inputs: dict[str, torch.Tensor], builder: FakeBuilder, **kwargs: Any) -> list[Any]:
+def everyway(
+    model: Any, inputs: dict[str, torch.Tensor], builder: FakeBuilder, ways: str = "custom direct accelerate", **kwargs: Any
+) -> list[Any]:
     """The outputs of the three ways into specdec. Factories (callables of no argument named make_*) give each its own object."""
+    options = {"specdec_method": "fake", "specdec_budget": 10}
 
     def given() -> dict[str, Any]:
         return {name.removeprefix("make_"): value() if name.startswith("make_") else value for name, value in kwargs.items()}
 
     outputs = []
     with installed(builder):
-        outputs.append(
-            model.generate(**inputs, **given(), custom_generate=specdec.generate, specdec_method="fake", specdec_budget=10)
-        )
-        outputs.append(specdec.generate(model, **inputs, **given(), specdec_method="fake", specdec_budget=10))
-    with specdec.accelerate(model, method=builder, budget=10) as engine:
-        outputs.append(model.generate(**inputs, **given()))
-    assert not engine.rows and not builder.live
+        if "custom" in ways:
+            outputs.append(model.generate(**inputs, **given(), custom_generate=specdec.generate, **options))
+        if "direct" in ways:
+            outputs.append(specdec.generate(model, **inputs, **given(), **options))
+    if "accelerate" in ways:
+        with specdec.accelerate(model, method=builder, budget=10) as engine:
+            outputs.append(model.generate(**inputs, **given()))
+        assert not engine.rows
+    assert not builder.live
     return outputs
 
 
@@ -74,11 +79,11 @@ def expected_of(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> A
     )
 
 
-def check(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> Any:
-    """All three ways give model.generate's result, with drafts that are often right; returns it."""
+def check(model: Any, inputs: dict[str, torch.Tensor], ways: str = "custom direct accelerate", **kwargs: Any) -> Any:
+    """These ways give model.generate's result, with drafts that are often right; returns it."""
     expected = expected_of(model, inputs, **kwargs)
     builder = FakeBuilder(texts_of(expected, inputs))
-    for output in everyway(model, inputs, builder, **kwargs):
+    for output in everyway(model, inputs, builder, ways, **kwargs):
         assert type(output) is type(expected)
         if isinstance(expected, torch.Tensor):
             assert torch.equal(output, expected) and output.dtype == expected.dtype
@@ -158,7 +163,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_greedy_is_model_generate(name: str, inputs: dict[str, torch.Tensor]) -> None:
     kwargs = {"max_new_tokens": NEW, "do_sample": False, **OPTIONS[name]}
     kwargs = {key: value for key, value in kwargs.items() if key != "max_new_tokens" or value is not None}
-    check(shared("llama"), inputs, **kwargs)
+    check(shared("llama"), inputs, "custom" if inputs is SINGLE else "direct accelerate", **kwargs)
 
 
 def test_forced_bos() -> None:
@@ -368,9 +373,8 @@ def oracle(
 def test_sampling_is_the_oracle(law: dict[str, Any], inputs: dict[str, torch.Tensor]) -> None:
     model = shared("llama")
     expected = oracle(model, inputs, law, [Randomness(11, (row, 0)) for row in range(len(inputs["input_ids"]))])
-    builder = FakeBuilder(texts_of(expected, inputs))
-    for output in everyway(model, inputs, builder, max_new_tokens=NEW, do_sample=True, specdec_seed=11, **law):
-        assert torch.equal(output, expected)
+    with specdec.accelerate(model, method=FakeBuilder(texts_of(expected, inputs)), budget=10, seed=11):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=NEW, do_sample=True, **law), expected)
 
 
 @pytest.mark.parametrize("law", ALL_LAWS, ids=str)
@@ -653,6 +657,7 @@ def test_the_kept_engine() -> None:
     """It is reused, follows the model's dtype, and dies with the model."""
     from specdec import hf
 
+    gc.collect()
     model = build("llama")
     kwargs: dict[str, Any] = {
         "max_new_tokens": 6,

@@ -45,6 +45,7 @@ def _slot(table: TableArrays, tail: np.ndarray, end: int, order: int) -> int:
     value = order
     for position in range(end - order + 1, end + 1):
         value = (value * _FACTOR + int(tail[position]) + 1) % _MODULUS
+    value = value * _FACTOR % _MODULUS  # spreads contexts that differ in the last token
     mask = len(table.keys) - 1
     oldest = value & mask
     for probe in range(_PROBES):

@@ -51,7 +51,7 @@ def _hash(tokens: np.ndarray, end: int, length: int) -> int:
         if token < 0:
             return -1
         value = (value * _FACTOR + token + 1) % _MODULUS
-    return value
+    return value * _FACTOR % _MODULUS  # spreads n-grams that differ in the last token
 
 
 @njit
