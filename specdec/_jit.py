@@ -6,21 +6,28 @@ read-only install keeps the code in the user's cache folder; a machine where no 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from specdec._cache import cache_folder
+
 __all__ = ["HAVE_NUMBA", "njit"]
 
 
 def _cache_folder() -> Path:
-    """Folder that numba may write to: $NUMBA_CACHE_DIR, else the user's cache."""
-    base = os.environ.get("SPECDEC_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "specdec"
-    )
-    return Path(base) / "numba"
+    """A folder of its own for every version of the sources.
+
+    numba keys a cached function by the file that defines it alone, so a change in another file, inlined into it, would go on
+    running as old machine code.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return cache_folder("numba") / digest.hexdigest()[:12]
 
 
 def _writable(folder: Path) -> bool:
