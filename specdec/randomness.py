@@ -73,7 +73,7 @@ def _log(x: np.ndarray) -> np.ndarray:
 
 
 @njit
-def _gumbel(x: np.ndarray) -> np.ndarray:
+def _gumbel(x: np.ndarray) -> np.ndarray | np.float32:
     """uint64 counter -> float32 Gumbel(0, 1) noise in [-3.7, 36.8]: -log(-log u), u = (52 bits + 1/2) / 2^52, never 0 or 1."""
     u = np.uint64((_mix(x) >> _U12) | _ONE).view(np.float64) - (1.0 - 2.0**-53)
     return np.float32(-_log(-_log(u)))
