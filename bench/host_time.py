@@ -78,7 +78,7 @@ def _claim(cache: Any, row: int, ids: list[int], observe: Any = None) -> None:
 
 def measure(method: str, nodes: int, rows: int, context: int, steps: int, params: SamplingParams) -> dict[str, float]:
     """Median milliseconds a step, by part; the prompt is `context` tokens that the scripted model would have said itself."""
-    engine = Engine(tiny_model(context + 8 * steps + 64), method=method, budget=nodes, max_rows=rows)
+    engine = Engine(tiny_model(context + 66 * steps + 64), method=method, budget=nodes, max_rows=rows)
     script = ScriptedLogits(2 * nodes)
     engine.target.forward = script  # type: ignore[method-assign]
     engine.target.prefill = _claim  # type: ignore[method-assign]
