@@ -40,6 +40,7 @@ __all__ = ["Engine", "Result"]
 
 Prompt = "str | list[int] | list[dict[str, str]] | torch.Tensor"
 logger = logging.getLogger("specdec")
+WARM_UP_TOKENS = 3000
 PHASES = ("prefill", "draft", "forward", "accept", "commit", "learn")
 
 
@@ -120,7 +121,7 @@ class Engine:
         self.method = method if isinstance(method, str) else type(method).__name__
         self.pacer = Pacer(self.target, budget)
         self.builder = make_builder(method, self.target.vocab_size, self.pacer.cost_model)
-        warm_up(self.builder, self.target.vocab_size)
+        warm_up(self.builder, self.target.vocab_size, self.target.dtype)
         self.cache: KVCache = self.target.new_cache(1, 256)
         self.rows: list[Sequence] = []  # live sequences; sequence i owns cache row i
         self.waiting: deque[Sequence] = deque()
@@ -530,28 +531,35 @@ def _raise_errors(sequences: list[Sequence]) -> None:
             raise seq.error
 
 
-def warm_up(builder: Any, vocab_size: int) -> None:
-    """Drive a builder through one made-up request, so that its numba kernels are compiled (or read from the cache) here and not in
-    the first step of a user's text; what it learned from that is forgotten."""
+def warm_up(builder: Any, vocab_size: int, dtype: torch.dtype) -> None:
+    """Drive a builder through made-up requests, so that the numba kernels are compiled (or read from the cache) here and not in a
+    step of a user's text; what it learned from them is forgotten."""
     if not HAVE_NUMBA or not isinstance(builder, TreeBuilder):
         return
-    prompt = [(3 * i) % min(7, vocab_size) for i in range(24)]
-    seq = Sequence(0, list(prompt), SamplingParams(max_new_tokens=8), Randomness(0, 0))
-    k = builder.top_k
     started = time.perf_counter()
-    builder.start(seq)
-    for count in (len(prompt) - 1, 0):
-        if k and count:
-            builder.observe_prompt(seq, 0, top_k(torch.zeros(count, vocab_size), k))
-        (tree,) = builder.build([seq], [8], [4])
-        top = top_k(torch.zeros(len(tree), vocab_size), k) if k else None
-        verdict = Verdict(np.array(tree.path(len(tree) - 1), np.int32), 0)
-        seq.append([int(tree.tokens[node]) for node in verdict.nodes[1:]] + [verdict.next_token])
-        builder.update(seq, tree, verdict, top)
-    builder.finish(seq)
+    for request in range(2):  # the second finds the text of the first
+        _made_up_request(builder, vocab_size, dtype, request)
     builder.reset()
     if (seconds := time.perf_counter() - started) > 3:
         logger.warning("specdec: compiled the drafting kernels in %.0f s; they are cached for the next process", seconds)
+
+
+def _made_up_request(builder: TreeBuilder, vocab_size: int, dtype: torch.dtype, request: int) -> None:
+    prompt = [(i * i + i // 5) % vocab_size for i in range(WARM_UP_TOKENS)]  # long enough that what grows has grown once
+    seq = Sequence(-1 - request, prompt, SamplingParams(max_new_tokens=8), Randomness(0, 0))
+    seq.randomness.gumbel(0, vocab_size)
+    k = builder.top_k
+    builder.start(seq)
+    if k:
+        builder.observe_prompt(seq, 0, top_k(torch.zeros(16, vocab_size, dtype=dtype), k))
+    for _ in range(2):
+        (tree,) = builder.build([seq], [8], [4])
+        top = top_k(torch.zeros(len(tree), vocab_size, dtype=dtype), k) if k else None
+        verdict = Verdict(np.array(tree.path(len(tree) - 1), np.int32), 0)
+        tree.child(0, 0)
+        seq.append([int(tree.tokens[node]) for node in verdict.nodes[1:]] + [verdict.next_token])
+        builder.update(seq, tree, verdict, top)
+    builder.finish(seq)
 
 
 @contextmanager

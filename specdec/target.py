@@ -306,6 +306,12 @@ class TargetModel:
         if observe:
             observe(offset, logits[0, : len(piece)])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's first floating-point parameter, and so of its logits."""
+        floating = (parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+        return next(floating, torch.float32)
+
     # ---- self-check -----------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:

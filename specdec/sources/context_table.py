@@ -206,8 +206,9 @@ class ContextTable:
         return int(self.arrays.clock[1])
 
     def clear(self) -> None:
-        """Forget everything."""
-        self.arrays = self._allocate(min(1 << 13, self.capacity))
+        """Forget everything. Grown once from the smallest size, so that the growing is compiled with the rest, not in a later step."""
+        self.arrays = self._allocate(64)
+        self._make_room(min(1 << 12, self.capacity // 2))
 
     def observe_text(self, tokens: np.ndarray, first: int, top: TopK) -> None:
         """Harvest a prompt: row i of `top` is what the model expects after tokens[first + i] (int32)."""
