@@ -118,7 +118,8 @@ def rounding(model: Any, prompt: Sequence[int], output: Sequence[int]) -> float:
 def units(prompts: dict[str, list[int]], methods: Sequence[str], budgets: Sequence[int], batch: int) -> Iterator[Unit]:
     """All comparisons, prompt by prompt so that a prefill serves every method; then the ragged batches."""
     names = list(prompts)
-    groups = [[name] for name in names] + ([names[i : i + batch] for i in range(0, len(names), batch)] if batch > 1 else [])
+    batches = [names[i : i + batch] for i in range(0, len(names), batch)] if batch > 1 else []
+    groups = [[name] for name in names] + [group for group in batches if len(group) > 1]  # one row alone is there already
     for group in groups:
         for method in methods:
             for budget in budgets:

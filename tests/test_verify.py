@@ -43,7 +43,7 @@ def test_greedy_equals_generate_for_every_method(embedded: tuple[Any, Any], tmp_
     wrong = verify_greedy(model, prompts, log, methods, (8,), batch=5, new_tokens=12)
     wrong += verify_greedy(model, prompts, log, methods, (60,), batch=1, new_tokens=12)
     assert wrong == 0, [row for row in log.done.values() if row["wrong"]]
-    assert len(log.done) == len(methods) * (6 + 2 + 6)
+    assert len(log.done) == len(methods) * (6 + 1 + 6)
     again = Log(tmp_path / "greedy.jsonl")
     assert again.done == log.done  # a rerun would skip all of it
 
