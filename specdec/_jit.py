@@ -53,8 +53,8 @@ except ImportError as error:  # pragma: no cover - exercised by a subprocess tes
     )
 
 if HAVE_NUMBA:
-    if "NUMBA_CACHE_DIR" not in os.environ and _writable(_cache_folder()):
-        numba.config.CACHE_DIR = str(_cache_folder())
+    if "NUMBA_CACHE_DIR" not in os.environ and _writable(_folder := _cache_folder()):
+        numba.config.CACHE_DIR = str(_folder)
         _CACHE = True
     else:
         _CACHE = "NUMBA_CACHE_DIR" in os.environ and _writable(Path(os.environ["NUMBA_CACHE_DIR"]))

@@ -219,7 +219,8 @@ class Engine:
                 trees = self._draft(live)
             with _timed(stats, "forward"):
                 logits = self.target.forward(self.cache, trees, first_row=live[0].row)
-                top = self._reduce(logits, stats)
+            with _timed(stats, "learn"):
+                top = self._reduce(logits)
             for index, (seq, tree) in enumerate(zip(live, trees)):
                 self._accept(seq, tree, logits[index, : len(tree)], None if top is None else top[index], stats)
             stats.rows, stats.nodes = len(live), max(len(tree) for tree in trees)
@@ -247,17 +248,13 @@ class Engine:
             limits.append(rope)
         return max(0, min(limits))
 
-    def _reduce(self, logits: torch.Tensor, stats: StepStats) -> list[TopK] | None:
+    def _reduce(self, logits: torch.Tensor) -> list[TopK] | None:
         """The learning pass: top-k logits of every node."""
         if not self.builder.top_k:
             return None
-        started = time.perf_counter()
         flat = top_k(logits.flatten(0, 1), self.builder.top_k)
         shape = (logits.shape[0], logits.shape[1], self.builder.top_k)
         tokens, probs = flat.tokens.reshape(shape), flat.probs.reshape(shape)
-        seconds = time.perf_counter() - started
-        stats.times["learn"] += seconds
-        stats.times["forward"] -= seconds
         return [TopK(tokens[row], probs[row]) for row in range(shape[0])]
 
     def _accept(self, seq: Sequence, tree: DraftTree, logits: torch.Tensor, top: TopK | None, stats: StepStats) -> None:
@@ -519,7 +516,7 @@ class Engine:
             "method": self.method,
             "budget": self.budget,
             "device": str(self.target.device),
-            "dtype": str(next(self.target.model.parameters()).dtype),
+            "dtype": str(self.target.dtype),
             **self.target.info(),
             **self.pacer.info(),
         }

@@ -137,5 +137,5 @@ def _synchronize(device: torch.device) -> None:
 def _fingerprint(target: TargetModel) -> str:
     config = target.model.config.to_dict()
     shape = {name: value for name, value in sorted(config.items()) if isinstance(value, int) and not isinstance(value, bool)}
-    parts = (target.name, shape, next(target.model.parameters()).dtype, target.device, torch.get_num_threads(), torch.__version__)
+    parts = (target.name, shape, target.dtype, target.device, torch.get_num_threads(), torch.__version__)
     return repr((*parts, platform.node(), platform.machine(), target.info()))
