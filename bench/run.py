@@ -139,6 +139,9 @@ def main(
     max_new_tokens: Annotated[int, typer.Option()] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
+    share_prefill: Annotated[
+        bool, typer.Option(help="prefill each prompt once for all of specdec's methods (tokens a step stay the same)")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON-lines file; a cold run goes on where it stopped")] = None,
 ) -> None:
     """Compare methods on the same prompts."""
@@ -151,12 +154,12 @@ def main(
         loaded, tokenizer = load(model, dtype)
         settings = {
             "split": split, "mode": mode, "model": model or "embedded", "dtype": str(loaded.dtype).removeprefix("torch."),
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "share_prefill": share_prefill,
             "device": str(loaded.device), "threads": torch.get_num_threads(), "machine": _machine(),
             "versions": {"specdec": specdec.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
         log = Log(out, settings)
-        runners = make_runners(loaded, tokenizer, methods.split(","), _budgets(budget))
+        runners = make_runners(loaded, tokenizer, methods.split(","), _budgets(budget), share_prefill)
         run_all(tasks, runners, tokenizer, params, log, mode == "warm", console)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)

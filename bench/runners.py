@@ -14,12 +14,16 @@ import torch
 import specdec
 from bench.metrics import Row
 from bench.tasks import Task
+from specdec.draft_tree import TopK
+from specdec.learning import top_k
+from specdec.sequence import Sequence
 
-__all__ = ["PEERS", "EngineRunner", "PeerRunner", "Runner", "make_runners"]
+__all__ = ["PEERS", "EngineRunner", "PeerRunner", "PrefixEngine", "Runner", "make_runners"]
 
 # Peer -> what it adds to generate(); 10 tokens is what transformers' documentation shows for prompt lookup.
 PEERS: dict[str, dict[str, Any]] = {"model.generate": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}}
 BASELINE = "none"
+PrefixMemory = dict[tuple[int, ...], tuple[list[torch.Tensor], list[tuple[int, TopK]]]]
 
 
 class Runner(Protocol):
@@ -34,12 +38,48 @@ class Runner(Protocol):
         """Forget what earlier prompts taught."""
 
 
-class EngineRunner:
-    """specdec with one method and budget, in an engine of its own."""
+REMEMBERED = 10  # prompts whose prefill is kept
 
-    def __init__(self, model: Any, tokenizer: Any, method: str, budget: int | str) -> None:
+
+class PrefixEngine(specdec.Engine):
+    """An Engine that shares the K/V and the top logits of the latest prompts with others, so that all need one prefill.
+
+    Args:
+        memory: what is shared; give the same dict to every engine of one model.
+    """
+
+    def __init__(self, *args: Any, memory: PrefixMemory, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.memory = memory
+
+    def _prefill(self, seq: Sequence) -> None:
+        key = tuple(seq.token_ids[:-1])
+        if key not in self.memory:
+            harvest: list[tuple[int, TopK]] = []
+            self.target.prefill(self.cache, seq.row, key, lambda start, logits: harvest.append((start, top_k(logits, 10))))
+            self.memory[key] = ([tensor.clone() for tensor in self.cache.row_tensors(seq.row)], harvest)
+            while len(self.memory) > REMEMBERED:
+                self.memory.pop(next(iter(self.memory)))
+        saved, harvest = self.memory[key]
+        self.cache.lengths[seq.row] = len(key)
+        for view, tensor in zip(self.cache.row_tensors(seq.row), saved):
+            view.copy_(tensor)
+        if k := self.builder.top_k:
+            for start, top in harvest:
+                kept = top.probs[:, :k]
+                self.builder.observe_prompt(seq, start, TopK(top.tokens[:, :k], kept / kept.sum(-1, keepdims=True)))
+
+
+class EngineRunner:
+    """specdec with one method and budget, in an engine of its own; with `memory`, which engines share, it prefills no prompt twice."""
+
+    def __init__(self, model: Any, tokenizer: Any, method: str, budget: int | str, memory: PrefixMemory | None = None) -> None:
         self.label = method if method == BASELINE else f"{method}@{budget}"
-        self.engine = specdec.Engine(model, tokenizer, method=method, budget=budget)
+        self.engine = (
+            specdec.Engine(model, tokenizer, method=method, budget=budget)
+            if memory is None
+            else PrefixEngine(model, tokenizer, method=method, budget=budget, memory=memory)
+        )
 
     def run(self, task: Task, prompt: list[int], params: specdec.SamplingParams) -> Row:
         start = time.perf_counter()
@@ -111,19 +151,22 @@ def _sampling_options(params: specdec.SamplingParams) -> dict[str, Any]:
     return {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
 
 
-def make_runners(model: Any, tokenizer: Any, methods: list[str], budgets: list[int | str]) -> list[Runner]:
-    """One runner a peer and for "none", one a budget for every other method.
+def make_runners(
+    model: Any, tokenizer: Any, methods: list[str], budgets: list[int | str], share_prefill: bool = False
+) -> list[Runner]:
+    """One runner a peer and for "none", one a budget for every other method; their engines may share each prompt's prefill.
 
     Raises:
         ValueError: a name that is neither a method nor a peer.
     """
     runners: list[Runner] = []
+    memory: PrefixMemory | None = {} if share_prefill else None
     for method in methods:
         if method in PEERS:
             runners.append(PeerRunner(model, method))
         elif method in specdec.METHODS:
             each = budgets[:1] if method == BASELINE else budgets
-            runners.extend(EngineRunner(model, tokenizer, method, budget) for budget in each)
+            runners.extend(EngineRunner(model, tokenizer, method, budget, memory) for budget in each)
         else:
             raise ValueError(f"methods must be among {', '.join([*specdec.METHODS, *PEERS])}, got {method!r}")
     return runners

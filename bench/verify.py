@@ -26,39 +26,17 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from bench.runners import PrefixEngine
 from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks
 from specdec import METHODS, Engine, SamplingParams, models
-from specdec.draft_tree import DraftTree, TopK
-from specdec.learning import top_k
-from specdec.sequence import Sequence as Row
+from specdec.draft_tree import DraftTree
 
-__all__ = ["PrefixEngine", "gaps", "main", "reference"]
+__all__ = ["gaps", "main", "reference"]
 
 BUDGETS = (8, 60)
 BATCH = 5
 NEW_TOKENS = 64
 console = Console(stderr=True)
-
-
-class PrefixEngine(Engine):
-    """An Engine that remembers the K/V and the top logits of prompts, so that many methods share one prefill."""
-
-    memory: dict[tuple[int, ...], tuple[list[torch.Tensor], list[tuple[int, TopK]]]]
-
-    def _prefill(self, seq: Row) -> None:
-        key = tuple(seq.token_ids[:-1])
-        if key not in self.memory:
-            harvest: list[tuple[int, TopK]] = []
-            self.target.prefill(self.cache, seq.row, key, lambda start, logits: harvest.append((start, top_k(logits, 10))))
-            self.memory[key] = ([tensor.clone() for tensor in self.cache.row_tensors(seq.row)], harvest)
-        saved, harvest = self.memory[key]
-        self.cache.lengths[seq.row] = len(key)
-        for view, tensor in zip(self.cache.row_tensors(seq.row), saved):
-            view.copy_(tensor)
-        if k := self.builder.top_k:
-            for start, top in harvest:
-                kept = top.probs[:, :k]
-                self.builder.observe_prompt(seq, start, TopK(top.tokens[:, :k], kept / kept.sum(-1, keepdims=True)))
 
 
 @dataclass(frozen=True)
@@ -170,8 +148,7 @@ def verify_greedy(
 
     def engines(method: str, budget: int) -> Engine:
         if (method, budget) not in built:
-            built[method, budget] = PrefixEngine(model, method=method, budget=budget)
-            built[method, budget].memory = memory
+            built[method, budget] = PrefixEngine(model, method=method, budget=budget, memory=memory)
         return built[method, budget]
 
     todo = [unit for unit in units(prompts, methods, budgets, batch) if unit.name not in log.done]
@@ -179,8 +156,6 @@ def verify_greedy(
         for prompt in unit.prompts:
             if tuple(prompt) not in expected:
                 expected[tuple(prompt)] = reference(model, prompt, new_tokens)
-        while len(memory) > 2 * BATCH:
-            memory.pop(next(iter(memory)))
         found = outputs(engines, model, unit, new_tokens)
         wrong = []
         for prompt, tokens in zip(unit.prompts, found):
@@ -228,8 +203,7 @@ def verify_bf16(
             plain = reference(model, prompt, new_tokens)
             limits[tuple(prompt)] = (plain, 2 * rounding(model, prompt, plain))
         if (unit.method, unit.budget) not in built:
-            engine = built[unit.method, unit.budget] = PrefixEngine(model, method=unit.method, budget=unit.budget)
-            engine.memory = memory
+            built[unit.method, unit.budget] = PrefixEngine(model, method=unit.method, budget=unit.budget, memory=memory)
         with broken_masks() if broken else nullcontext():
             tokens = built[unit.method, unit.budget].generate(prompt, SamplingParams(max_new_tokens=new_tokens)).token_ids
         plain, limit = limits[tuple(prompt)]
