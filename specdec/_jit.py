@@ -2,6 +2,9 @@
 
 `njit` compiles on first use and keeps the machine code on disk, so that only the very first process ever pays for it. A
 read-only install keeps the code in the user's cache folder; a machine where no folder can be written compiles in memory.
+
+It is for functions that make no arrays (numba refuses to compile them otherwise): they only borrow those they are given, and
+counting references to them would take half of their time. `njit_allocating` is for the few that need room of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 
 from specdec._cache import cache_folder
 
-__all__ = ["HAVE_NUMBA", "njit"]
+__all__ = ["HAVE_NUMBA", "njit", "njit_allocating"]
 
 
 def _cache_folder() -> Path:
@@ -59,12 +62,18 @@ if HAVE_NUMBA:
     else:
         _CACHE = "NUMBA_CACHE_DIR" in os.environ and _writable(Path(os.environ["NUMBA_CACHE_DIR"]))
 
-    def njit(function: Callable[..., Any]) -> Callable[..., Any]:
+    def njit_allocating(function: Callable[..., Any]) -> Callable[..., Any]:
         """numba.njit with an on-disk cache, without the GIL, without fast-math."""
         return numba.njit(cache=_CACHE, nogil=True)(function)
+
+    def njit(function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same without numba's runtime of reference counts (its option `_nrt`)."""
+        return numba.njit(cache=_CACHE, nogil=True, _nrt=False)(function)
 
 else:
 
     def njit(function: Callable[..., Any]) -> Callable[..., Any]:
         """The function itself: numba is missing."""
         return function
+
+    njit_allocating = njit

@@ -50,11 +50,14 @@ class Source(IntEnum):
 
 
 @njit
-def _depths(parents: np.ndarray) -> np.ndarray:
-    depths = np.zeros(len(parents), np.int32)
+def _fill_depths(parents: np.ndarray, depths: np.ndarray) -> bool:
+    """Depths [N] of nodes whose parents precede them; False where one does not."""
+    depths[0] = 0
     for node in range(1, len(parents)):
+        if not 0 <= parents[node] < node:
+            return False
         depths[node] = depths[parents[node]] + 1
-    return depths
+    return True
 
 
 @njit
@@ -105,11 +108,9 @@ class DraftTree:
             raise ValueError(
                 f"a draft tree needs as many parents as tokens and at least a root, got {count} tokens and {len(self.parents)} parents"
             )
-        if self.parents[0] != NO_PARENT or (
-            count > 1 and bool(np.any((self.parents[1:] < 0) | (self.parents[1:] >= np.arange(1, count))))
-        ):
+        self.depths = np.empty(count, np.int32)
+        if self.parents[0] != NO_PARENT or not _fill_depths(self.parents, self.depths):
             raise ValueError(f"parents must be [-1, p1, ...] with 0 <= p_i < i, got {self.parents.tolist()}")
-        self.depths = _depths(self.parents)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -215,3 +216,8 @@ class TopK:
 
     tokens: np.ndarray  # [M, k] int32
     probs: np.ndarray  # [M, k] float32: softmax over the k kept logits (not the full vocabulary)
+    argmax: np.ndarray | None = None  # [M] int32: the very token that argmax gives, -1 where it must be asked; None: everywhere
+
+    def __getitem__(self, rows: slice | int) -> TopK:
+        """Some of the M."""
+        return TopK(self.tokens[rows], self.probs[rows], None if self.argmax is None else self.argmax[rows])

@@ -222,7 +222,7 @@ class Engine:
             with _timed(stats, "learn"):
                 top = self._reduce(logits)
             for index, (seq, tree) in enumerate(zip(live, trees)):
-                self._accept(seq, tree, logits[index, : len(tree)], None if top is None else top[index], stats)
+                self._accept(seq, tree, logits[index, : len(tree)], None if top is None else top[index][: len(tree)], stats)
             stats.rows, stats.nodes = len(live), max(len(tree) for tree in trees)
             self.pacer.observe(stats, max(self.cache.starts, default=0))
             for seq in live:
@@ -252,16 +252,16 @@ class Engine:
         """The learning pass: top-k logits of every node."""
         if not self.builder.top_k:
             return None
+        rows, nodes = logits.shape[:2]
         flat = top_k(logits.flatten(0, 1), self.builder.top_k)
-        shape = (logits.shape[0], logits.shape[1], self.builder.top_k)
-        tokens, probs = flat.tokens.reshape(shape), flat.probs.reshape(shape)
-        return [TopK(tokens[row], probs[row]) for row in range(shape[0])]
+        return [flat[row * nodes : (row + 1) * nodes] for row in range(rows)]
 
     def _accept(self, seq: Sequence, tree: DraftTree, logits: torch.Tensor, top: TopK | None, stats: StepStats) -> None:
         """One row's accept, commit and learn. A row that fails (a raising processor, NaN logits) fails alone, see _fail."""
         try:
             with _timed(stats, "accept"):
-                law = Law(logits, tree, seq, keep_visited=seq.record is not None and seq.record.keeps_scores)
+                keep = seq.record is not None and seq.record.keeps_scores
+                law = Law(logits, tree, seq, keep, None if top is None else top.argmax)
                 verdict = match(tree, law, seq.randomness)
                 emitted = [int(tree.tokens[node]) for node in verdict.nodes[1:]] + [verdict.next_token]
                 if seq.record is not None:
@@ -277,9 +277,7 @@ class Engine:
             with _timed(stats, "commit"):
                 self.cache.commit(seq.row, verdict.nodes.tolist())
             with _timed(stats, "learn"):
-                self.builder.update(
-                    seq, tree, verdict, top if top is None else TopK(top.tokens[: len(tree)], top.probs[: len(tree)])
-                )
+                self.builder.update(seq, tree, verdict, top)
         except BaseException as error:
             self._fail(seq, error)
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from specdec.draft_tree import ROOT, DraftTree
@@ -73,11 +74,19 @@ class Law:
         seq: its sequence; `processor`, `params.temperature`, `randomness` and `buffer` are read.
         keep_visited: keep (raw logits, processed scores) of every visited node in `visited`, for generate()'s output_logits and
             output_scores.
+        argmax: [N] int32, the argmax of the logits of each node, -1 where it is not known; None: nowhere.
     """
 
-    __slots__ = ("_greedy", "_logits", "_processor", "_scores", "_seq", "_tree", "visited")
+    __slots__ = ("_argmax", "_greedy", "_logits", "_processor", "_scores", "_seq", "_tree", "visited")
 
-    def __init__(self, logits: torch.Tensor, tree: DraftTree, seq: Sequence, keep_visited: bool = False) -> None:
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        tree: DraftTree,
+        seq: Sequence,
+        keep_visited: bool = False,
+        argmax: np.ndarray | None = None,
+    ) -> None:
         if len(logits) != len(tree):
             raise ValueError(f"logits must have one row a node, got {len(logits)} rows for a tree of {len(tree)} nodes")
         self._logits = logits
@@ -87,6 +96,8 @@ class Law:
         self._greedy = seq.params.temperature == 0
         self._scores: dict[int, torch.Tensor] = {}
         self.visited: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if keep_visited else None
+        plain = self._greedy and self._processor is None and self.visited is None
+        self._argmax = argmax if plain else None
 
     def scores(self, node: int) -> torch.Tensor:
         """[V] float32: the processed logits of `node`; do not write into it."""
@@ -104,6 +115,8 @@ class Law:
             FloatingPointError: the scores hold NaN, or +inf while sampling.
             ValueError: the processors exclude every token.
         """
+        if self._argmax is not None and self._argmax[node] >= 0:
+            return int(self._argmax[node])
         scores = self.scores(node)
         if self._greedy:
             token = argmax(scores)

@@ -104,26 +104,31 @@ class SamplingParams:
 
 
 class TokenBuffer:
-    """Token ids as a growing [1, capacity] tensor, so that logits processors get a view instead of a fresh copy a step."""
+    """A list of token ids that only grows, as a [1, length] tensor, so that logits processors get a view and no fresh copy.
 
-    def __init__(self, token_ids: list[int]) -> None:
-        self.length = len(token_ids)
-        self._data = torch.empty((1, max(64, 2 * self.length)), dtype=torch.long)
-        self._data[0, : self.length] = torch.tensor(token_ids, dtype=torch.long)
+    Args:
+        pad_ids: come first.
+        token_ids: the list itself; what was appended to it since the last call is copied at the next one.
+    """
 
-    def extend(self, token_ids: list[int]) -> None:
-        self.with_path(token_ids)
-        self.length += len(token_ids)
+    def __init__(self, pad_ids: list[int], token_ids: list[int]) -> None:
+        self._token_ids = token_ids
+        self._pads = len(pad_ids)
+        self._copied = 0  # of token_ids
+        self._data = torch.tensor([pad_ids], dtype=torch.long)
 
     def with_path(self, path: list[int]) -> torch.Tensor:
-        """[1, length + len(path)]: the committed tokens followed by `path`, which stays uncommitted."""
-        end = self.length + len(path)
+        """[1, pads + length + len(path)]: the committed tokens followed by `path`, which stays uncommitted."""
+        fresh = self._token_ids[self._copied :] + path
+        start = self._pads + self._copied
+        end = start + len(fresh)
         if end > self._data.shape[1]:
             grown = torch.empty((1, 2 * end), dtype=torch.long)
-            grown[:, : self.length] = self._data[:, : self.length]
+            grown[:, :start] = self._data[:, :start]
             self._data = grown
-        if path:
-            self._data[0, self.length : end] = torch.tensor(path, dtype=torch.long)
+        if fresh:
+            self._data[0, start:end] = torch.tensor(fresh, dtype=torch.long)
+        self._copied = len(self._token_ids)
         return self._data[:, :end]
 
 
@@ -155,7 +160,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.token_ids)
-        self.buffer = TokenBuffer(self.pad_ids + self.token_ids)
+        self.buffer = TokenBuffer(self.pad_ids, self.token_ids)
 
     @property
     def finished(self) -> bool:
@@ -181,7 +186,6 @@ class Sequence:
         """
         for count, token in enumerate(token_ids, 1):
             self.token_ids.append(token)
-            self.buffer.extend([token])
             stopped = self.stop_check is not None and self.stop_check(self)  # a criterion may count its calls: one a token
             if token in self.eos_token_ids:
                 self.finish_reason = "eos"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from specdec._jit import njit
+from specdec._jit import njit_allocating
 from specdec.draft_tree import TopK
 from specdec.sources.token_recycling import BIGRAM, NONE, UNIGRAM, AdjacencyTable, lookup_row
 
@@ -68,7 +68,7 @@ def test_worked_example():
     assert table.lookup(5, 8).tier == NONE and len(table.lookup(5, 8).tokens) == 0
 
 
-@njit
+@njit_allocating
 def _tiers(keys, filled, prev, tokens):
     found = np.zeros(len(tokens), np.int64)
     for i in range(len(tokens)):

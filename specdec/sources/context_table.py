@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specdec._jit import njit
+from specdec._jit import njit, njit_allocating
 from specdec.draft_tree import TopK
 
 __all__ = ["MAX_ORDER", "ContextTable", "TableArrays", "lookup"]
@@ -37,6 +37,11 @@ class TableArrays(NamedTuple):
     tokens: np.ndarray  # [H, k] int32, best first; -1: none
     probs: np.ndarray  # [H, k] float32
     clock: np.ndarray  # [2] int64: writes so far, rows in use
+    merged_tokens: np.ndarray  # [2k] int32, scratch of a write
+    merged_probs: np.ndarray  # [2k] float32, scratch of a write
+
+
+_STATE = TableArrays._fields[:5]
 
 
 @njit
@@ -81,8 +86,8 @@ def lookup(table: TableArrays, tail: np.ndarray, end: int, order: int) -> int:
 def _merge(table: TableArrays, slot: int, tokens: np.ndarray, probs: np.ndarray, keep: float) -> None:
     """row = keep * row + (1 - keep) * observation, best k kept, sorted; ties go to the observation."""
     width = table.tokens.shape[1]
-    merged_tokens = np.full(2 * width, -1, np.int32)
-    merged_probs = np.zeros(2 * width, np.float32)
+    merged_tokens, merged_probs = table.merged_tokens, table.merged_probs
+    merged_probs[:] = 0.0
     count = 0
     for rank in range(width):
         if tokens[rank] >= 0:
@@ -154,13 +159,19 @@ def _observe_many(
 
 @njit
 def _observe_nodes(
-    table: TableArrays, tails: np.ndarray, order: np.ndarray, tokens: np.ndarray, probs: np.ndarray, keep: np.ndarray
+    table: TableArrays, tails: np.ndarray, accepted: np.ndarray, tokens: np.ndarray, probs: np.ndarray, keep: np.ndarray
 ) -> None:
-    for node in order:
+    passed = 0
+    for node in range(len(tokens)):
+        if passed < len(accepted) and accepted[passed] == node:
+            passed += 1
+        else:
+            observe(table, tails[node], tails.shape[1] - 1, tokens[node], probs[node], keep)
+    for node in accepted:
         observe(table, tails[node], tails.shape[1] - 1, tokens[node], probs[node], keep)
 
 
-@njit
+@njit_allocating
 def _rehash(old: TableArrays, new: TableArrays) -> None:
     """Move all rows to a larger table; oldest rows give way where a probe window is full."""
     for row in range(len(old.keys)):
@@ -215,10 +226,10 @@ class ContextTable:
         self._make_room(MAX_ORDER * len(top.tokens))
         _observe_many(self.arrays, tokens, first, top.tokens, top.probs, self._keep)
 
-    def observe_nodes(self, tails: np.ndarray, order: np.ndarray, top: TopK) -> None:
-        """Learn from the nodes of a tree, tails [N, T] int32 ending in each node, in the order given: the last one wins."""
-        self._make_room(MAX_ORDER * len(order))
-        _observe_nodes(self.arrays, tails, order, top.tokens, top.probs, self._keep)
+    def observe_nodes(self, tails: np.ndarray, accepted: np.ndarray, top: TopK) -> None:
+        """Learn from the N nodes of a tree, tails [N, T] int32 ending in each; the accepted ones (ascending) have the last word."""
+        self._make_room(MAX_ORDER * len(top.tokens))
+        _observe_nodes(self.arrays, tails, accepted, top.tokens, top.probs, self._keep)
 
     def state(self) -> dict[str, np.ndarray]:
         """The rows in use, for `load_state`."""
@@ -232,7 +243,7 @@ class ContextTable:
         Raises:
             ValueError: arrays are missing or do not fit together, or hold more tokens a row than k.
         """
-        missing = [name for name in TableArrays._fields if name not in state]
+        missing = [name for name in _STATE if name not in state]
         if missing:
             raise ValueError(f"state lacks {missing}; pass what ContextTable.state() returned")
         rows = len(state["keys"])
@@ -244,9 +255,8 @@ class ContextTable:
                 )
         self.clear()
         self._make_room(rows)
-        saved = TableArrays(
-            *[np.ascontiguousarray(state[name], getattr(self.arrays, name).dtype) for name in TableArrays._fields]
-        )
+        kept = {name: np.ascontiguousarray(state[name], getattr(self.arrays, name).dtype) for name in _STATE}
+        saved = self.arrays._replace(**kept)
         _rehash(saved, self.arrays)
 
     def _make_room(self, new: int) -> None:
@@ -261,5 +271,6 @@ class ContextTable:
     def _allocate(self, slots: int) -> TableArrays:
         return TableArrays(
             np.full((slots, MAX_ORDER), _EMPTY, np.int32), np.zeros(slots, np.int64), np.full((slots, self.k), -1, np.int32),
-            np.zeros((slots, self.k), np.float32), np.zeros(2, np.int64),
+            np.zeros((slots, self.k), np.float32), np.zeros(2, np.int64), np.empty(2 * self.k, np.int32),
+            np.empty(2 * self.k, np.float32),
         )  # fmt: skip

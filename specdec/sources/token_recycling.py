@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from specdec._jit import njit
+from specdec._jit import njit, njit_allocating
 from specdec.draft_tree import TopK
 
 __all__ = ["BIGRAM", "NONE", "UNIGRAM", "AdjacencyTable", "Candidates", "TableArrays", "lookup_row"]
@@ -142,7 +142,7 @@ def _observe(
             store_scores[row, rank] = top_scores[i, rank]
 
 
-@njit
+@njit_allocating
 def _insert_pairs(
     store_tokens: np.ndarray, store_scores: np.ndarray, filled: np.ndarray, keys: np.ndarray, recent: np.ndarray,
     hands: np.ndarray, pair_keys: np.ndarray, pair_tokens: np.ndarray, pair_scores: np.ndarray,

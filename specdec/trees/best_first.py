@@ -15,18 +15,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from specdec._jit import njit
 from specdec.cost_model import CostModel
-from specdec.draft_tree import DraftTree, Source, TopK, Verdict
+from specdec.draft_tree import NO_PARENT, DraftTree, Source, TopK, Verdict
 from specdec.sequence import SamplingParams, Sequence
 from specdec.sources.context_table import ContextTable, TableArrays
 from specdec.sources.ngram import SEPARATOR, IndexArrays, NgramIndex
 from specdec.trees.calibration import Calibration, initial, learn, score
-from specdec.trees.evidence import CANDIDATES, CONTEXTS, LEFTOVERS, SOURCES, TAIL, Evidence, collect, new_evidence
+from specdec.trees.evidence import CONTEXTS, LEFTOVERS, SOURCES, TAIL, Evidence, collect, new_evidence
 
 __all__ = ["BestFirst"]
 
@@ -34,6 +34,30 @@ MIN_PROB = 0.001  # less probable nodes are not worth their host time, whatever 
 MAX_DEPTH = 64
 RESUME = 1.05  # speculation resumes at this predicted gain over plain steps, and ends below 1
 MAX_CLASSES = 32  # calibrations kept, one a temperature class
+
+
+class _Growth(NamedTuple):
+    """A tree while it grows, and what it grows with; N nodes of room."""
+
+    tokens: np.ndarray  # [N] int64
+    parents: np.ndarray  # [N] int32
+    sources: np.ndarray  # [N] uint8
+    path_probs: np.ndarray  # [N] float64, predicted probability that a node is on the accepted path
+    depths: np.ndarray  # [N] int32
+    following: np.ndarray  # [N] int32, next candidate of each node
+    heap: np.ndarray  # [N + 1] int32, nodes by the path probability of their next candidate
+    keys: np.ndarray  # [N] float64, that probability
+
+
+def _room(budget: int, root: int) -> _Growth:
+    """Room for `budget` nodes, the root filled in."""
+    growth = _Growth(
+        np.empty(budget, np.int64), np.empty(budget, np.int32), np.empty(budget, np.uint8), np.empty(budget),
+        np.empty(budget, np.int32), np.empty(budget, np.int32), np.empty(budget + 1, np.int32), np.empty(budget),
+    )  # fmt: skip
+    growth.tokens[0], growth.parents[0], growth.sources[0], growth.path_probs[0] = root, NO_PARENT, Source.ROOT, 1.0
+    growth.depths[0] = 0
+    return growth
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,25 +143,22 @@ def _rivals(evidence: Evidence, parent: int, tokens: np.ndarray, probs: np.ndarr
 @njit
 def _grow(
     own: IndexArrays, shared: IndexArrays, table: TableArrays, rivals: np.ndarray, rival_probs: np.ndarray,
-    calibration: Calibration, evidence: Evidence, max_depth: int, tokens: np.ndarray, parents: np.ndarray, sources: np.ndarray,
-    path_probs: np.ndarray,
+    calibration: Calibration, evidence: Evidence, max_depth: int, growth: _Growth,
 ) -> int:  # fmt: skip
-    """Fill tokens, parents, sources, path_probs [budget] from node 1 on (node 0 is given); returns the number of nodes N.
+    """Fill `growth` from node 1 on (node 0 is given); returns the number of nodes N.
 
     Every node below N gets its evidence, leaves too: a walk that ends there learns from their candidates. `rivals` and
     `rival_probs` [R] come with the root's and are overwritten.
     """
+    tokens, parents, path_probs, depths = growth.tokens, growth.parents, growth.path_probs, growth.depths
+    following, heap, keys = growth.following, growth.heap, growth.keys
     budget = len(tokens)
-    votes = np.empty((3, CANDIDATES))
-    depths = np.zeros(budget, np.int32)
-    following = np.zeros(budget, np.int32)  # next candidate of each node
-    heap = np.zeros(budget + 1, np.int32)  # nodes, keyed by the path probability of their next candidate
-    keys = np.zeros(budget)
     size, count, node = 0, 1, 0
     while True:
         if node > 0:
             _rivals(evidence, parents[node], rivals, rival_probs)
-        collect(own, shared, table, rivals, rival_probs, evidence, node, votes)
+        collect(own, shared, table, rivals, rival_probs, evidence, node)
+        following[node] = 0
         score(evidence, node, calibration)
         if evidence.counts[node] > 0 and depths[node] < max_depth:
             keys[node] = path_probs[node] * evidence.probs[node, evidence.order[node, 0]]
@@ -149,10 +170,11 @@ def _grow(
         choice = evidence.order[parent, following[parent]]
         tokens[node] = evidence.tokens[parent, choice]
         parents[node] = parent
-        sources[node] = _source(evidence.buckets[parent, choice])
+        growth.sources[node] = _source(evidence.buckets[parent, choice])
         path_probs[node] = keys[parent]
         depths[node] = depths[parent] + 1
-        evidence.tails[node, : TAIL - 1] = evidence.tails[parent, 1:]
+        for place in range(TAIL - 1):
+            evidence.tails[node, place] = evidence.tails[parent, place + 1]
         evidence.tails[node, TAIL - 1] = tokens[node]
         count += 1
         following[parent] += 1
@@ -237,10 +259,7 @@ class BestFirst:
         outcomes = np.append(tree.tokens[nodes[1:]], verdict.next_token)
         _learn_path(draft.evidence, nodes, outcomes, self._calibration(seq.params))
         if top is not None:
-            rejected = np.ones(len(tree), np.bool_)
-            rejected[nodes] = False
-            order = np.concatenate([np.flatnonzero(rejected), nodes])  # the accepted path has the last word
-            self._table.observe_nodes(draft.evidence.tails, order, top)
+            self._table.observe_nodes(draft.evidence.tails, nodes, top)
             self._requests[seq.id].weigh(top, int(nodes[-1]))
 
     def finish(self, seq: Sequence) -> None:
@@ -296,15 +315,17 @@ class BestFirst:
         evidence = new_evidence(budget)
         tail = seq.token_ids[-TAIL:]
         evidence.tails[0, TAIL - len(tail) :] = tail
-        tokens = np.full(budget, tail[-1], np.int64)
-        parents = np.full(budget, -1, np.int32)
-        sources = np.full(budget, Source.ROOT, np.uint8)
-        path_probs = np.ones(budget)
+        growth = _room(budget, tail[-1])
         count = _grow(
             request.index.arrays, self._shared.arrays, self._table.arrays, request.rivals.copy(), request.rival_probs.copy(),
-            self._calibration(seq.params), evidence, min(depth, MAX_DEPTH), tokens, parents, sources, path_probs,
+            self._calibration(seq.params), evidence, min(depth, MAX_DEPTH), growth,
         )  # fmt: skip
-        return DraftTree(tokens[:count], parents[:count], sources[:count], evidence=_Draft(evidence, path_probs[:count]))
+        return DraftTree(
+            growth.tokens[:count],
+            growth.parents[:count],
+            growth.sources[:count],
+            evidence=_Draft(evidence, growth.path_probs[:count]),
+        )
 
     def _best_size(self, trees: list[DraftTree], context: int) -> int:
         """The size with the highest expected tokens a second, 1 where none beats plain steps."""

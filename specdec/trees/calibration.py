@@ -110,7 +110,8 @@ def learn(evidence: Evidence, node: int, token: int, calibration: Calibration) -
     weights, opinions = calibration.weights, calibration.opinions
     success, trials = calibration.success, calibration.trials
     count = evidence.counts[node]
-    step = np.zeros(SOURCES + 1)
+    step = evidence.step
+    step[:] = 0.0
     for place in range(count):
         error = (1.0 if evidence.tokens[node, place] == token else 0.0) - evidence.probs[node, place]
         step[SOURCES] += error

@@ -63,6 +63,9 @@ class Evidence(NamedTuple):
     order: np.ndarray  # [N, C] int32, places in tokens by descending probability
     counts: np.ndarray  # [N] int32
     tails: np.ndarray  # [N, TAIL] int32, the last tokens up to and with the node
+    votes: np.ndarray  # [3, C] float64, scratch of collect()
+    absent: np.ndarray  # [SOURCES] int16, scratch of collect()
+    step: np.ndarray  # [SOURCES + 1] float64, scratch of calibration.learn()
 
 
 def new_evidence(nodes: int) -> Evidence:
@@ -70,7 +73,8 @@ def new_evidence(nodes: int) -> Evidence:
     return Evidence(
         np.empty((nodes, CANDIDATES), np.int32), np.empty((nodes, CANDIDATES, SOURCES), np.int16),
         np.empty((nodes, CANDIDATES)), np.empty((nodes, CANDIDATES), np.int32), np.full(nodes, -1, np.int32),
-        np.full((nodes, TAIL), NO_TOKEN, np.int32),
+        np.full((nodes, TAIL), NO_TOKEN, np.int32), np.empty((3, CANDIDATES)), np.empty(SOURCES, np.int16),
+        np.empty(SOURCES + 1),
     )  # fmt: skip
 
 
@@ -131,12 +135,12 @@ def _candidate(evidence: Evidence, node: int, token: int) -> int:
 
 
 @njit
-def _occurrences(index: IndexArrays, evidence: Evidence, node: int, votes: np.ndarray) -> int:
-    """Add the followers of the most recent longest matches; votes [3, C] gets weight, count and longest match of each.
+def _occurrences(index: IndexArrays, evidence: Evidence, node: int) -> int:
+    """Add the followers of the most recent longest matches; evidence.votes gets weight, count and longest match of each.
 
     Longest n-grams first, then shorter ones until OCCURRENCES are seen; returns the longest match, 0 for none.
     """
-    tail = evidence.tails[node]
+    tail, votes = evidence.tails[node], evidence.votes
     votes[:] = 0.0
     seen, longest, above = 0, 0, TAIL + 1
     for row in range(len(index.lengths) - 1, -1, -1):
@@ -162,9 +166,10 @@ def _occurrences(index: IndexArrays, evidence: Evidence, node: int, votes: np.nd
 
 
 @njit
-def _context(index: IndexArrays, evidence: Evidence, node: int, source: int, votes: np.ndarray) -> int:
+def _context(index: IndexArrays, evidence: Evidence, node: int, source: int) -> int:
     """File the candidates of one index; returns the bucket of those it did not propose."""
-    longest = _occurrences(index, evidence, node, votes)
+    longest = _occurrences(index, evidence, node)
+    votes = evidence.votes
     total = max(votes[0].sum(), 1e-30)
     for place in range(evidence.counts[node]):
         evidence.buckets[node, place, source] = context_bucket(longest, votes[2, place], votes[0, place] / total, votes[1, place])
@@ -225,19 +230,18 @@ def _shifted(table: TableArrays, rivals: np.ndarray, evidence: Evidence, node: i
 @njit
 def collect(
     own: IndexArrays, shared: IndexArrays, table: TableArrays, rivals: np.ndarray, rival_probs: np.ndarray, evidence: Evidence,
-    node: int, votes: np.ndarray,
+    node: int,
 ) -> None:  # fmt: skip
     """Write tokens, buckets and count of `node`, whose tail is there already.
 
     Args:
         rivals: [R] int32, what may have stood in the node's place, most probable first; -1: none.
         rival_probs: [R] float, their probabilities.
-        votes: [3, C] float64, scratch.
     """
     evidence.counts[node] = 0
-    absent = np.zeros(SOURCES, np.int16)
-    absent[0] = _context(own, evidence, node, 0, votes)
-    absent[1] = _context(shared, evidence, node, 1, votes)
+    absent = evidence.absent
+    absent[0] = _context(own, evidence, node, 0)
+    absent[1] = _context(shared, evidence, node, 1)
     for order in range(MAX_ORDER, 0, -1):
         source = CONTEXTS + MAX_ORDER - order
         absent[source] = _order(table, evidence, node, order, source)

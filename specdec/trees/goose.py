@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from specdec._jit import njit
+from specdec._jit import njit, njit_allocating
 from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Source, TopK, Verdict
 from specdec.sequence import Sequence
 from specdec.sources.ngram import SEPARATOR, IndexArrays, NgramIndex, find, match_length
@@ -98,7 +98,7 @@ def _opinion(row_tokens: np.ndarray, row: int, token: int) -> int:
     return ABSENT
 
 
-@njit
+@njit_allocating
 def _propose(index: IndexArrays, size: int, tail: np.ndarray, out: np.ndarray) -> tuple[int, int, int]:
     """Fill `out` with the continuation of the longest match of `tail`; (tokens written, match, votes).
 
@@ -229,7 +229,7 @@ def _force(tree: _Growth, count: int, node: int, token: int, spine: Spine, least
     return -1
 
 
-@njit
+@njit_allocating
 def _grow(
     tree: _Growth, prev: int, spine: Spine, table: TableArrays, rates: np.ndarray, depth: int, least: float,
     spine_floor: int, floor_tokens: np.ndarray, floor_parents: np.ndarray,

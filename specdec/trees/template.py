@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from specdec._jit import njit
+from specdec._jit import njit, njit_allocating
 from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Source, TopK, Verdict
 from specdec.sequence import Sequence
 from specdec.sources.token_recycling import AdjacencyTable, TableArrays, lookup_row
@@ -131,7 +131,7 @@ def best_template(chances: np.ndarray, count: int, depth: int) -> Template:
     return Template(np.array(parents, np.int32), np.array(ranks, np.int32))
 
 
-@njit
+@njit_allocating
 def _fill(
     root: int, prev: int, bigram: bool, parents: np.ndarray, ranks: np.ndarray, table: TableArrays, depth: int,
     out_tokens: np.ndarray, out_parents: np.ndarray,
