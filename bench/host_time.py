@@ -72,6 +72,7 @@ class ScriptedLogits:
             logits[row, nodes[:, None], successors] = self.levels
             said = torch.from_numpy(self.ranks(tree.tokens, cache.starts[row] + tree.depths))
             logits[row, nodes, successors[nodes, said]] = 20.0
+        self.kept = logits  # freed in the next call, not in the middle of a step
         return logits
 
 

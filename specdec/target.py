@@ -39,6 +39,9 @@ _names = itertools.count()
 class UnsupportedModelError(ValueError):
     """This model cannot be accelerated without risking its output; the message says why."""
 
+    def __init__(self, name: str, reason: str, fix: str = "call model.generate without specdec") -> None:
+        super().__init__(f"specdec cannot accelerate {name}: {reason}. Fix: {fix}")
+
 
 def _text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
@@ -106,13 +109,13 @@ class TargetModel:
 
     def __init__(self, model: Any, fast_linear: bool = True) -> None:
         if not callable(getattr(model, "forward", None)) or not hasattr(model, "config"):
-            raise UnsupportedModelError(f"model must be a transformers causal language model, got {type(model).__name__}")
+            raise UnsupportedModelError(
+                type(model).__name__, "model must be a transformers causal language model", "load it with AutoModelForCausalLM"
+            )
         self._model = weakref.ref(model)
         self.name = type(model).__name__
         if reason := _refusal(model):
-            raise UnsupportedModelError(
-                f"specdec cannot accelerate {self.name}: {reason}. Fix: call model.generate without specdec"
-            )
+            raise UnsupportedModelError(self.name, reason)
         config = _text_config(model)
         self.vocab_size = int(
             model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() is not None else config.vocab_size
@@ -173,7 +176,7 @@ class TargetModel:
         """What transformers calls in every layer: query [B, Hq, N, D], key/value views [B, Hkv, T, D] of the cache."""
         unknown = {name for name, value in kwargs.items() if value is not None and name not in _HARMLESS}
         if unknown:
-            raise UnsupportedModelError(f"{self.name} passes {sorted(unknown)} to its attention, which specdec does not know")
+            raise UnsupportedModelError(self.name, f"it passes {sorted(unknown)} to its attention, which specdec does not know")
         assert self._batch is not None, "specdec's attention was called outside TargetModel.forward"
         window = int(sliding_window or 0)
         self._calls.append(window)
@@ -342,15 +345,13 @@ class TargetModel:
         )  # eager models take their softmax in fp32 even in fp64
         if not worst <= limit:
             raise UnsupportedModelError(
-                f"specdec cannot accelerate {self.name}: verifying a draft tree changed its logits by {worst:.1e} of their size "
-                f"(limit {limit:.0e} in {logits.dtype}), so its attention does not honour the tree mask or the positions. "
-                "Fix: call model.generate without specdec"
+                self.name,
+                f"verifying a draft tree changed its logits by {worst:.1e} of their size (limit {limit:.0e} in {logits.dtype}), "
+                "so its attention does not honour the tree mask or the positions",
             )
         wrong = DraftTree(tree.tokens, np.where(np.arange(len(tree)) == 5, 3, tree.parents))
         if torch.equal(self._tree_logits(ids, wrong)[5], logits[5]):  # type: ignore[index]
-            raise UnsupportedModelError(
-                f"specdec cannot accelerate {self.name}: a wrong ancestor made no difference, its attention ignores the mask"
-            )
+            raise UnsupportedModelError(self.name, "a wrong ancestor made no difference, its attention ignores the mask")
 
     def _sequential(self, ids: list[int]) -> torch.Tensor:
         """Logits after the last of `ids` by the model alone (its own attention and cache), [V]."""
@@ -365,9 +366,7 @@ class TargetModel:
                 use_cache=True,
             )
         if not hasattr(output, "logits"):
-            raise UnsupportedModelError(
-                f"specdec cannot accelerate {self.name}: it gives no logits. Fix: load it with AutoModelForCausalLM"
-            )
+            raise UnsupportedModelError(self.name, "it gives no logits", "load it with AutoModelForCausalLM")
         if not hasattr(self, "_layers"):
             self._layers = [self._shape(layer) for layer in cache.layers]
         return output.logits[0, -1]
@@ -375,9 +374,7 @@ class TargetModel:
     def _shape(self, layer: Any) -> LayerShape:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None:
-            raise UnsupportedModelError(
-                f"specdec cannot accelerate {self.name}: a layer keeps {type(layer).__name__} instead of keys and values"
-            )
+            raise UnsupportedModelError(self.name, f"a layer keeps {type(layer).__name__} instead of keys and values")
         return LayerShape(keys.shape[1], keys.shape[-1], values.shape[1], values.shape[-1], keys.dtype, keys.device)
 
     def _tree_logits(self, ids: list[int], tree: DraftTree) -> torch.Tensor | None:
@@ -399,8 +396,7 @@ class TargetModel:
             ValueError,
         ) as error:
             raise UnsupportedModelError(
-                f"specdec cannot accelerate {self.name}: its forward fails on a draft tree ({type(error).__name__}: {error}). "
-                "Fix: call model.generate without specdec"
+                self.name, f"its forward fails on a draft tree ({type(error).__name__}: {error})"
             ) from error
         if self._use_interface:
             if len(self._calls) != len(self._layers):
@@ -417,9 +413,7 @@ class TargetModel:
         types = getattr(config, "layer_types", None) or []
         expected = bool(window) and (not types or "sliding_attention" in types)
         if expected and not any(self._calls):
-            raise UnsupportedModelError(
-                f"specdec cannot accelerate {self.name}: its sliding window of {window} does not reach the attention function"
-            )
+            raise UnsupportedModelError(self.name, f"its sliding window of {window} does not reach the attention function")
 
 
 @contextmanager

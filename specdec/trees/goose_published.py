@@ -205,7 +205,6 @@ class GoosePublished:
     """
 
     sizes_itself = False
-    hard_cap = False
 
     def __init__(self, vocab_size: int, config: GooseConfig | None = None) -> None:
         self.config = config or GooseConfig()

@@ -329,7 +329,6 @@ class TokenRecyclingPublished:
     """
 
     sizes_itself = False
-    hard_cap = False
 
     def __init__(self, vocab_size: int, template: Template = PUBLISHED) -> None:
         self.vocab_size, self._template = vocab_size, template
