@@ -16,8 +16,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-SOURCES = ["csrc/binding.cpp", "csrc/cpu/linear.cpp"]
-HEADERS = ["csrc/specdec_linear.h", "csrc/cpu/linear_kernel.h"]
+SOURCES = ["csrc/binding.cpp", "csrc/cpu/linear.cpp", "csrc/cpu/tree_attention.cpp"]
+HEADERS = [
+    "csrc/specdec_linear.h",
+    "csrc/tree_attention.h",
+    "csrc/cpu/isa.h",
+    "csrc/cpu/linear_kernel.h",
+    "csrc/cpu/tree_attention_kernel.h",
+]
 TORCH_STABLE_ABI = "0x020a000000000000"  # 2.10, the first with parallel_for
 
 
@@ -58,7 +64,7 @@ def extensions() -> list[Extension]:
             libraries=["torch_cpu", "c10"],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_STABLE_ABI)],
             # No contraction and no fast-math: a result must not depend on how the compiler groups operations.
-            extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=off", "-w"],
+            extra_compile_args=["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-w"],
             language="c++",
             optional=True,  # an editable install does not miss it
         )

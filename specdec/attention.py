@@ -1,26 +1,38 @@
 """tree_attention(): the nodes of each row's draft tree attend to the row's prefix and to their own ancestors.
 
-One signature, two implementations: `torch.ops.specdec.tree_attention` where a compiled op is registered, and the PyTorch
-reference below, which is the oracle of its tests. Query node i of row b sees cache slots 0..P-1 and the slots P+j of its
+One signature, two implementations: `torch.ops.specdec.tree_attention` (csrc/cpu/tree_attention.cpp) for what it takes, and the
+PyTorch reference below, which is the oracle of its tests. Query node i of row b sees cache slots 0..P-1 and the slots P+j of its
 ancestors j (itself included). Worked example, P = 2 and the tree of draft_tree.py::
 
     slot      0  1 | 2 (the) 3 (cat) 4 (dog) 5 (sat)
     node sat  x  x | x       x       .       x
+
+The op's result for a node is a function of the node's query and of the keys and values that it sees, in the order of their
+positions: the same bits in every tree and batch, for every number of threads, and whether a token is a node or committed.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from specdec.draft_tree import DraftTree
+from specdec.linear import HAVE_OP
 
 __all__ = ["TreeBatch", "pack_mask", "tree_attention", "tree_attention_reference", "unpack_mask"]
 
 _BITS = 32
+_MAX_NODES = 256
+_HEAD_DIMS = frozenset((16, 32, 64, 80, 96, 112, 128, 192, 256))
+_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
+_logger = logging.getLogger("specdec")
 
 
 def pack_mask(mask: np.ndarray) -> np.ndarray:
@@ -147,8 +159,11 @@ def attend(
 ) -> torch.Tensor:
     """All rows of a batch: query [B, Hq, N, D], key and value [B, Hkv, T, D] -> [B, N, Hq, Dv]; rows past n are zero.
 
-    Row by row, so that a row's result depends neither on its neighbours nor on their lengths.
+    Trees go to the compiled op where it takes them. Else row by row, so that a row's result depends neither on its neighbours nor
+    on their lengths.
     """
+    if batch.trees is not None and _op_takes(query, key, value):
+        return _op(query, key, value, *batch.packed(), scale, softcap, window)[0]
     rows = range(query.shape[0])
     if len(rows) == 1:
         end = batch.prefix_lengths[0] + batch.counts[0]
@@ -222,12 +237,66 @@ def tree_attention_reference(
     return output, lse
 
 
-def compiled_op() -> object | None:
+def compiled_op() -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
     """torch.ops.specdec.tree_attention, or None where no compiled op is registered."""
-    return getattr(torch.ops.specdec, "tree_attention", None)
+    return _op
 
 
-def tree_attention(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """The compiled op where there is one, else the reference; arguments as tree_attention_reference."""
-    op = compiled_op()
-    return (op or tree_attention_reference)(*args, **kwargs)  # type: ignore[operator]
+_op: Any = torch.ops.specdec.tree_attention.default if HAVE_OP and hasattr(torch.ops.specdec, "tree_attention") else None
+
+if _op is not None:
+
+    @torch.library.register_fake("specdec::tree_attention")
+    def _fake(query: torch.Tensor, key_cache: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, heads, nodes, dim = query.shape
+        return query.new_empty(rows, nodes, heads, dim), query.new_empty(rows, nodes, heads, dtype=torch.float32)
+
+
+def _op_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the op runs on these; if not, why is said once a process."""
+    dim = query.shape[-1]
+    if (
+        _op is not None
+        and query.is_cpu
+        and query.dtype in _DTYPES
+        and query.dtype is key.dtype is value.dtype
+        and dim in _HEAD_DIMS
+        and value.shape[-1] == dim
+        and query.shape[-2] <= _MAX_NODES
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    ):
+        return True
+    if query.dtype is not torch.float64:
+        _notice(_obstacle(query, key, value))
+    return False
+
+
+def _obstacle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
+    """The first reason for which the op does not run."""
+    if _op is None:
+        return "specdec._C is not built"
+    if not query.is_cpu:
+        return f"there is no kernel for {query.device.type}"
+    if query.dtype not in _DTYPES or not query.dtype is key.dtype is value.dtype:
+        return f"it takes one of float32, float16 and bfloat16, not {query.dtype}, {key.dtype} and {value.dtype}"
+    if query.shape[-1] not in _HEAD_DIMS:
+        return f"it has no kernel for head dimension {query.shape[-1]}"
+    if value.shape[-1] != query.shape[-1]:
+        return f"values have dimension {value.shape[-1]}, keys {query.shape[-1]}"
+    if query.shape[-2] > _MAX_NODES:
+        return f"a tree has {query.shape[-2]} nodes, it takes {_MAX_NODES}"
+    return "the last dimension of the query, keys or values is not contiguous"
+
+
+@cache
+def _notice(obstacle: str) -> None:
+    _logger.warning("specdec's tree attention runs in PyTorch and not in the compiled op: %s", obstacle)
+
+
+def tree_attention(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The compiled op for what it takes, else the reference; arguments as tree_attention_reference."""
+    if _op_takes(query, key_cache, value_cache):
+        return _op(query, key_cache, value_cache, *args, **kwargs)
+    return tree_attention_reference(query, key_cache, value_cache, *args, **kwargs)

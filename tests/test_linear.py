@@ -113,6 +113,21 @@ def test_infinities_and_nans_stay_in_their_row(dtype):
     assert torch.equal(y[[0, 3]], clean[[0, 3]])
 
 
+@needs_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_features", [16, 21, 48])
+def test_neighbours_of_a_weight_in_memory_do_not_count(dtype, in_features):
+    """The kernel loads some elements before those it multiplies: the previous row's last, and other tensors' memory never."""
+    x, weight, _ = data(5, in_features, 7, dtype)
+    around = torch.full((3, 7 * in_features), float("nan"), dtype=dtype)
+    around[1] = weight.flatten()
+    inside = around[1].view(7, in_features)
+    assert torch.equal(linear(x, inside), linear(x, weight))
+    inside[2] = float("inf")
+    others = [0, 1, 3, 4, 5, 6]
+    assert torch.equal(linear(x, inside)[:, others], linear(x, weight)[:, others])
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "bias", "message"),
     [

@@ -1,4 +1,4 @@
-// y = x @ weight.T (+ bias) for few rows: dot products over k, 4 rows of weight by up to kMaxRows rows of x in registers.
+// y = x @ weight.T (+ bias) for few rows: dot products over k, some rows of weight by some rows of x in registers at a time.
 //
 // The weights are read once, in the dtype they are stored in, and widened in registers; x is widened once a call (pack). The
 // lanes of a vector are different k of the same product, so nothing is repacked. One kernel (linear_kernel.h) is compiled for
@@ -9,30 +9,10 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <iterator>
 #include <new>
-#include <string_view>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define SPECDEC_X86
-#include <immintrin.h>
-#endif
-
-#define SPECDEC_INLINE inline __attribute__((always_inline))
-// A tile is a function of its own: inlined beside others, its sums no longer get all the registers.
-#define SPECDEC_NOINLINE __attribute__((noinline))
-
-#if defined(__clang__)
-#define SPECDEC_PRAGMA(text) _Pragma(#text)
-#define SPECDEC_TARGET_BEGIN(isa) SPECDEC_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
-#define SPECDEC_TARGET_END _Pragma("clang attribute pop")
-#else
-#define SPECDEC_PRAGMA(text) _Pragma(#text)
-#define SPECDEC_TARGET_BEGIN(isa) _Pragma("GCC push_options") SPECDEC_PRAGMA(GCC target(isa))
-#define SPECDEC_TARGET_END _Pragma("GCC pop_options")
-#endif
+#include "isa.h"
 
 namespace specdec {
 namespace {
@@ -40,17 +20,18 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-constexpr int64_t kLine = 64;               // bytes of a line of the cache
-constexpr int64_t kOutputs = 32;            // outputs that are computed before they are written to y
-constexpr int64_t kRowsOfBlock = 96;        // at most so many rows of x between two writes
-constexpr int64_t kCacheForX = 192 * 1024;  // bytes of packed rows that stay in the second-level cache beside the weights
+constexpr int64_t kLine = 64;                 // bytes of a line of the cache
+constexpr int64_t kOutputs = Linear::kBlock;  // outputs that are computed before they are written to y
+constexpr int64_t kRowsOfBlock = 96;          // at most so many rows of x between two writes
+constexpr int64_t kCacheForX = 192 * 1024;    // bytes of packed rows that stay in the second-level cache beside the weights
 
 // ---- any CPU -----------------------------------------------------------------------------------------------------------
 
+#define SPECDEC_UNROLL  // a Vec is vectorised as a loop
 namespace portable {
 
 constexpr int kLanes = 8;
-constexpr int kMaxRows = 3;
+constexpr int kTileOutputs = 4, kTileRows = 3;
 
 struct Vec {
   float lane[kLanes];
@@ -60,7 +41,6 @@ struct Quad {
 };
 
 Vec zero() { return {}; }
-void keep(Vec&) {}
 
 float sum(const Vec& v) {
   const float* l = v.lane;
@@ -110,22 +90,24 @@ struct Format {
 
 }  // namespace portable
 
+// Of loops over sums: as arrays that are indexed, the sums would stay in memory.
+#undef SPECDEC_UNROLL
+#define SPECDEC_UNROLL _Pragma("GCC unroll 16")
+
 #ifdef SPECDEC_X86
 
 // ---- AVX2 + FMA + F16C -------------------------------------------------------------------------------------------------
 
-SPECDEC_TARGET_BEGIN("avx2,fma,f16c")
+SPECDEC_TARGET_BEGIN(SPECDEC_AVX2)
 namespace avx2 {
 
 constexpr int kLanes = 8;
-constexpr int kMaxRows = 3;  // 12 sums, 3 operands of x and 1 of weight: the 16 registers
+constexpr int kTileOutputs = 3, kTileRows = 4;  // 12 sums, 3 operands of weight and 1 of x: the 16 registers
 
 using Vec = __m256;
 using Quad = __m128;
 
 SPECDEC_INLINE Vec zero() { return _mm256_setzero_ps(); }
-// Keeps v in a register here: the compiler neither folds its load into each use nor moves it.
-SPECDEC_INLINE void keep(Vec& v) { asm volatile("" : "+x"(v)); }
 SPECDEC_INLINE Quad add(Quad a, Quad b) { return _mm_add_ps(a, b); }
 
 SPECDEC_INLINE Quad sum4(Vec a, Vec b, Vec c, Vec d) {
@@ -186,15 +168,30 @@ struct Format<Half> : Floats {
   }
 };
 
+struct Bits {
+  char bytes[32];
+};
+alignas(32) constexpr uint32_t kOddHalves[kLanes] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+                                                     0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+
 // 16 elements are one load: the even ones are its low halves, the odd ones its high halves.
 template <>
 struct Format<BFloat16> : Floats {
   static constexpr int kStep = 2 * kLanes, kParts = 2;
   template <int P>
   static SPECDEC_INLINE Vec part(const BFloat16* from) {
-    __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    asm volatile("" : "+x"(both));  // loaded for each part: kept from one to the other, it would push sums out of registers
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm256_castsi256_ps(P == 0 ? _mm256_slli_epi32(both, 16) : _mm256_slli_epi32(_mm256_srli_epi32(both, 16), 16));
+  }
+  // One instruction each: read from one element before, the even ones are high halves too, and a mask is all that is needed.
+  // A shift would wait for a unit that multiplies. The mask is loaded for each part: kept, it would push a sum out.
+  template <int P, int MR>
+  static SPECDEC_INLINE void parts(const BFloat16* const (&w)[MR], int64_t k, Vec (&to)[MR]) {
+    Vec mask;
+    asm volatile("vmovaps %1, %0" : "=x"(mask) : "m"(kOddHalves));
+    SPECDEC_UNROLL
+    for (int m = 0; m < MR; ++m)
+      asm volatile("vandps %1, %2, %0" : "=x"(to[m]) : "m"(*reinterpret_cast<const Bits*>(w[m] + k - (P == 0))), "x"(mask));
   }
 };
 
@@ -205,11 +202,11 @@ SPECDEC_TARGET_END
 
 // ---- AVX-512 -----------------------------------------------------------------------------------------------------------
 
-SPECDEC_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+SPECDEC_TARGET_BEGIN(SPECDEC_AVX512)
 namespace avx512 {
 
 constexpr int kLanes = 16;
-constexpr int kMaxRows = 6;  // 24 sums, 6 operands of x and 1 of weight, of 32 registers
+constexpr int kTileOutputs = 4, kTileRows = 6;  // 24 sums, 4 operands of weight and 1 of x, of 32 registers
 
 using Vec = __m512;
 using Quad = __m128;
@@ -218,8 +215,6 @@ using avx2::load4;
 using avx2::store4;
 
 SPECDEC_INLINE Vec zero() { return _mm512_setzero_ps(); }
-template <class V>
-SPECDEC_INLINE void keep(V& v) { asm volatile("" : "+v"(v)); }
 
 SPECDEC_INLINE __m256 fold(Vec v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 SPECDEC_INLINE Quad sum4(Vec a, Vec b, Vec c, Vec d) { return avx2::sum4(fold(a), fold(b), fold(c), fold(d)); }
@@ -270,12 +265,12 @@ SPECDEC_TARGET_END
 
 // ---- AVX-512 with the dot product of pairs of bfloat16 -----------------------------------------------------------------
 
-SPECDEC_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+SPECDEC_TARGET_BEGIN(SPECDEC_AVX512_BF16)
 namespace avx512_bf16 {
 
 using avx512::add;
-using avx512::keep;
-using avx512::kMaxRows;
+using avx512::kTileOutputs;
+using avx512::kTileRows;
 using avx512::load4;
 using avx512::Quad;
 using avx512::store4;
@@ -309,63 +304,38 @@ SPECDEC_TARGET_END
 
 // ---- choice ------------------------------------------------------------------------------------------------------------
 
-struct Isa {
-  const char* name;
-  bool available;
-  LinearKernel float32, float16, bfloat16;
-};
-
-Isa choose_isa() {
+const LinearKernel& choose(DType dtype) {
+  static const LinearKernel kernels[][3] = {  // by Isa, then float32, float16, bfloat16
+      {portable::kernel<float>(), portable::kernel<Half>(), portable::kernel<BFloat16>()},
 #ifdef SPECDEC_X86
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+      {avx2::kernel<float>(), avx2::kernel<Half>(), avx2::kernel<BFloat16>()},
+      {avx512::kernel<float>(), avx512::kernel<Half>(), avx512::kernel<BFloat16>()},
+      {avx512::kernel<float>(), avx512::kernel<Half>(), avx512_bf16::kernel<BFloat16>()},
 #endif
-  const Isa isas[] = {  // best first
-#ifdef SPECDEC_X86
-      {"avx512_bf16", has_avx512_bf16, avx512::kernel<float>(), avx512::kernel<Half>(), avx512_bf16::kernel<BFloat16>()},
-      {"avx512", has_avx512, avx512::kernel<float>(), avx512::kernel<Half>(), avx512::kernel<BFloat16>()},
-      {"avx2", has_avx2, avx2::kernel<float>(), avx2::kernel<Half>(), avx2::kernel<BFloat16>()},
-#endif
-      {"portable", true, portable::kernel<float>(), portable::kernel<Half>(), portable::kernel<BFloat16>()},
   };
-  const char* wanted = std::getenv("SPECDEC_CPU_ISA");
-  bool allowed = wanted == nullptr;
-  for (const Isa& isa : isas) {
-    allowed = allowed || isa.name == std::string_view(wanted);
-    if (allowed && isa.available) return isa;
-  }
-  return isas[std::size(isas) - 1];
+  return kernels[int(isa())][dtype == DType::kFloat32 ? 0 : dtype == DType::kFloat16 ? 1 : 2];
 }
 
 constexpr std::align_val_t kAlignment{64};
 
-const Isa& isa() {
-  static const Isa chosen = choose_isa();
-  return chosen;
-}
-
 }  // namespace
 
-const char* linear_isa() { return isa().name; }
+const char* linear_isa() { return isa_name(); }
 
-Linear::Linear(const LinearArgs& args) : args_(args) {
-  kernel_ = args.dtype == DType::kFloat32   ? &isa().float32
-            : args.dtype == DType::kFloat16 ? &isa().float16
-                                            : &isa().bfloat16;
-  const int64_t stride = (args.in_features + kernel_->step - 1) / kernel_->step * kernel_->step;
-  packed_.reset(::operator new(args.rows * stride * kernel_->item_size, kAlignment));
-}
+Linear::Linear(const LinearArgs& args) : args_(args), kernel_(&choose(args.dtype)) {}
 
 void Linear::Free::operator()(void* memory) const { ::operator delete(memory, kAlignment); }
 
-void Linear::pack(int64_t row_begin, int64_t row_end) const { kernel_->pack(args_, packed_.get(), row_begin, row_end); }
+Linear::Packed Linear::pack() const {
+  const int64_t stride = (args_.in_features + kernel_->step - 1) / kernel_->step * kernel_->step;
+  Packed packed(::operator new(args_.rows * stride * kernel_->item_size, kAlignment));
+  kernel_->pack(args_, packed.get());
+  return packed;
+}
 
-void Linear::multiply(int64_t block_begin, int64_t block_end) const {
+void Linear::multiply(const Packed& packed, int64_t block_begin, int64_t block_end) const {
   const int64_t out_end = std::min(block_end * kBlock, args_.out_features);
-  kernel_->multiply(args_, packed_.get(), block_begin * kBlock, out_end);
+  kernel_->multiply(args_, packed.get(), block_begin * kBlock, out_end);
 }
 
 }  // namespace specdec

@@ -1,46 +1,78 @@
 // The kernel, included once for each instruction set from inside that set's namespace (hence no guard and no includes; see
 // linear.cpp). The namespace provides
 //   Vec, zero(), sum4(a, b, c, d)   sums in float; the sums over the lanes of four of them, each by the same tree of additions
-//   Quad, add, load4, store4        four outputs in float, and from and to T
-//   kMaxRows                        rows of x whose sums fit in registers beside 4 rows of weight
+//   Quad, add, load4, store4        four outputs in float, and from and to float and T
+//   kTileOutputs, kTileRows         rows of weight and of x whose sums fit in registers beside the former's operands and one of x
 //   Format<T>                       kStep elements of T are kParts Operands: part<P>(elements); a row of x is kept as Packed:
-//                                   load(), store(); fma(weight, x, Vec)
+//                                   load(), store(); fma(weight, x, Vec). Where there is a faster way to part<P> of several
+//                                   rows, parts<P>(rows, k, operands), which may read the element before row + k
 
-// sums[m][n] += w[m][k .. k + kStep] * x[n][k .. k + kStep], part by part.
-template <class T, int MR, int NR, int P = 0>
+template <class T>
+constexpr bool kHasParts = requires(const T* const (&w)[1], typename Format<T>::Operand (&to)[1]) {
+  Format<T>::template parts<0>(w, 0, to);
+};
+
+// sums[n][m] += w[m][k .. k + kStep] * x[n][k .. k + kStep], part by part. kFirst: nothing before w[m] + k may be read.
+template <class T, int MR, int NR, bool kFirst, int P = 0>
 SPECDEC_INLINE void step(const T* const (&w)[MR], const typename Format<T>::Packed* x, int64_t x_stride, int64_t k,
-                         Vec (&sums)[MR][NR]) {
+                         Vec (&sums)[NR][MR]) {
   using F = Format<T>;
-  typename F::Operand xs[NR];
-  for (int n = 0; n < NR; ++n) xs[n] = F::load(x + n * x_stride + k + P * (F::kStep / F::kParts));
-  for (int n = 0; n < NR; ++n) keep(xs[n]);
-  for (int m = 0; m < MR; ++m) {
-    const typename F::Operand wm = F::template part<P>(w[m] + k);
-    for (int n = 0; n < NR; ++n) sums[m][n] = F::fma(wm, xs[n], sums[m][n]);
+  const typename F::Packed* xk = x + k + P * (F::kStep / F::kParts);
+  if constexpr (NR == 1 && !kHasParts<T>) {  // each weight is used once: none is held
+    const typename F::Operand xn = F::load(xk);
+    SPECDEC_UNROLL
+    for (int m = 0; m < MR; ++m) sums[0][m] = F::fma(F::template part<P>(w[m] + k), xn, sums[0][m]);
+  } else {
+    typename F::Operand ws[MR];
+    if constexpr (kHasParts<T> && !kFirst) {
+      F::template parts<P>(w, k, ws);
+    } else {
+      SPECDEC_UNROLL
+      for (int m = 0; m < MR; ++m) ws[m] = F::template part<P>(w[m] + k);
+    }
+    SPECDEC_UNROLL
+    for (int n = 0; n < NR; ++n) {
+      const typename F::Operand xn = F::load(xk + n * x_stride);
+      SPECDEC_UNROLL
+      for (int m = 0; m < MR; ++m) sums[n][m] = F::fma(ws[m], xn, sums[n][m]);
+    }
   }
-  if constexpr (P + 1 < F::kParts) step<T, MR, NR, P + 1>(w, x, x_stride, k, sums);
+  if constexpr (P + 1 < F::kParts) step<T, MR, NR, kFirst, P + 1>(w, x, x_stride, k, sums);
 }
 
-// What a tile fetches into the cache meanwhile, some lines a step: the weights of the next tile, which follow its own.
+// to[n * MR + m] = the sum over the lanes of sums[n][m]. By recursion: a loop would keep the sums in memory.
+template <int MR, int NR, int I = 0>
+SPECDEC_INLINE void reduce(const Vec (&sums)[NR][MR], float* to) {
+  constexpr int kLast = MR * NR - 1, J = std::min(I + 1, kLast), K = std::min(I + 2, kLast), L = std::min(I + 3, kLast);
+  store4(to + I, sum4(sums[I / MR][I % MR], sums[J / MR][J % MR], sums[K / MR][K % MR], sums[L / MR][L % MR]));
+  if constexpr (I + 4 <= kLast) reduce<MR, NR, I + 4>(sums, to);
+}
+
+// What a tile fetches into the cache meanwhile: its share of the weights of the next tile, which follow its own.
 struct Ahead {
   const char* from;
   int64_t bytes_a_step;
 };
 
-// y[n, m] = w[m] . x[n] + bias[m] for MR rows of weight and NR packed rows of x; y's rows are kOutputs apart.
+// y[n * kOutputs + m] = w[m] . x[n] for MR rows of weight and NR packed rows of x.
 template <class T, int MR, int NR>
 SPECDEC_NOINLINE void tile(const T* const (&w)[MR], const typename Format<T>::Packed* x, int64_t x_stride, int64_t in_features,
-                         const float* bias, T* y, Ahead ahead) {
+                           float* y, Ahead ahead) {
   using F = Format<T>;
-  Vec sums[MR][NR];
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NR; ++n) sums[m][n] = zero();
+  constexpr int64_t kLines = (MR * F::kStep * sizeof(T) + kLine - 1) / kLine;
+  Vec sums[NR][MR];
+  SPECDEC_UNROLL
+  for (int n = 0; n < NR; ++n) {
+    SPECDEC_UNROLL
+    for (int m = 0; m < MR; ++m) sums[n][m] = zero();
+  }
 
   const int64_t full = in_features / F::kStep * F::kStep;
-  for (int64_t k = 0; k < full; k += F::kStep) {
-    for (const char* stop = ahead.from + ahead.bytes_a_step; ahead.from < stop; ahead.from += kLine)
-      __builtin_prefetch(ahead.from);
-    step<T, MR, NR>(w, x, x_stride, k, sums);
+  if (full > 0) step<T, MR, NR, true>(w, x, x_stride, 0, sums);
+  for (int64_t k = F::kStep; k < full; k += F::kStep) {
+    for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead.from + line * kLine);
+    ahead.from += ahead.bytes_a_step;
+    step<T, MR, NR, false>(w, x, x_stride, k, sums);
   }
   if (full < in_features) {
     T rest[MR][F::kStep] = {};
@@ -49,23 +81,23 @@ SPECDEC_NOINLINE void tile(const T* const (&w)[MR], const typename Format<T>::Pa
       std::memcpy(rest[m], w[m] + full, (in_features - full) * sizeof(T));
       rests[m] = rest[m];
     }
-    step<T, MR, NR>(rests, x + full, x_stride, 0, sums);
+    step<T, MR, NR, true>(rests, x + full, x_stride, 0, sums);
   }
 
-  for (int m = 0; m < MR; m += 4)
-    for (int n = 0; n < NR; ++n)
-      store4(y + n * kOutputs + m,
-             add(sum4(sums[m][n], sums[m + 1][n], sums[m + 2][n], sums[m + 3][n]), load4(bias + m)));
+  float flat[(MR * NR + 3) / 4 * 4];
+  reduce<MR, NR>(sums, flat);
+  for (int n = 0; n < NR; ++n)
+    for (int m = 0; m < MR; ++m) y[n * kOutputs + m] = flat[n * MR + m];
 }
 
 // A tile of `rows` <= NR rows of x.
 template <class T, int MR, int NR>
 SPECDEC_INLINE void tile_of(int64_t rows, const T* const (&w)[MR], const typename Format<T>::Packed* x, int64_t x_stride,
-                            int64_t in_features, const float* bias, T* y, Ahead ahead) {
+                            int64_t in_features, float* y, Ahead ahead) {
   if constexpr (NR > 1) {
-    if (rows < NR) return tile_of<T, MR, NR - 1>(rows, w, x, x_stride, in_features, bias, y, ahead);
+    if (rows < NR) return tile_of<T, MR, NR - 1>(rows, w, x, x_stride, in_features, y, ahead);
   }
-  tile<T, MR, NR>(w, x, x_stride, in_features, bias, y, ahead);
+  tile<T, MR, NR>(w, x, x_stride, in_features, y, ahead);
 }
 
 template <class T>
@@ -80,46 +112,48 @@ void multiply_block(const LinearArgs& args, const void* packed, int64_t first_ro
   using F = Format<T>;
   const int64_t x_stride = packed_stride<T>(args), groups = (rows + NR - 1) / NR;
   const auto* x = static_cast<const typename F::Packed*>(packed) + first_row * x_stride;
-  constexpr int64_t step_bytes = MR * F::kStep * sizeof(T);
+  const T* weight = static_cast<const T*>(args.weight) + out * args.in_features;
   const int64_t tile_bytes = MR * args.in_features * sizeof(T);
-  const int64_t fetchers = std::min<int64_t>(groups, step_bytes < 2 * kLine ? 1 : 2);
+  const int64_t bytes_a_step = first_row == 0 ? MR * F::kStep * sizeof(T) / groups : 0;
+
+  float sums[kRowsOfBlock * kOutputs];
+  for (int64_t done = 0; done < count; done += MR) {
+    const T* w[MR];
+    for (int m = 0; m < MR; ++m)  // past the last row: the last again, not stored
+      w[m] = weight + std::min(done + m, count - 1) * args.in_features;
+    const char* next = reinterpret_cast<const char*>(w[0]) + tile_bytes;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t begin = rows * group / groups, size = rows * (group + 1) / groups - begin;
+      const Ahead ahead = {next + group * (tile_bytes / groups), bytes_a_step};
+      tile_of<T, MR, NR>(size, w, x + begin * x_stride, x_stride, args.in_features, sums + begin * kOutputs + done, ahead);
+    }
+  }
+
   float bias[kOutputs] = {};
   if (args.bias != nullptr)
     for (int64_t m = 0; m < count; ++m) bias[m] = float(static_cast<const T*>(args.bias)[out + m]);
-
-  T block[kRowsOfBlock * kOutputs];  // whole lines of y are written at once: its rows may share one set of the cache
-  for (int64_t done = 0; done < count; done += MR) {
-    const T* w[MR];
-    for (int m = 0; m < MR; ++m)  // past the last row: the first again, not stored
-      w[m] = static_cast<const T*>(args.weight) + (out + done + (done + m < count ? m : 0)) * args.in_features;
-    const char* next = reinterpret_cast<const char*>(w[0] + MR * args.in_features);
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t begin = rows * group / groups, size = rows * (group + 1) / groups - begin;
-      const bool fetches = first_row == 0 && group < fetchers;
-      const Ahead ahead = {next + group * (tile_bytes / fetchers), fetches ? step_bytes / fetchers : 0};
-      tile_of<T, MR, NR>(size, w, x + begin * x_stride, x_stride, args.in_features, bias + done,
-                         block + begin * kOutputs + done, ahead);
-    }
+  for (int64_t n = 0; n < rows; ++n) {
+    T line[kOutputs];
+    for (int64_t m = 0; m < count; m += 4) store4(line + m, add(load4(sums + n * kOutputs + m), load4(bias + m)));
+    std::memcpy(static_cast<T*>(args.y) + (first_row + n) * args.out_features + out, line, count * sizeof(T));
   }
-  for (int64_t n = 0; n < rows; ++n)
-    std::memcpy(static_cast<T*>(args.y) + (first_row + n) * args.out_features + out, block + n * kOutputs, count * sizeof(T));
 }
 
 // y[:, out_begin:out_end]
 template <class T>
 void multiply(const LinearArgs& args, const void* packed, int64_t out_begin, int64_t out_end) {
   const int64_t row_bytes = packed_stride<T>(args) * sizeof(typename Format<T>::Packed);
-  const int64_t fitting = std::clamp<int64_t>(kCacheForX / std::max<int64_t>(1, row_bytes), 4 * kMaxRows, kRowsOfBlock);
+  const int64_t fitting = std::clamp<int64_t>(kCacheForX / std::max<int64_t>(1, row_bytes), 4 * kTileRows, kRowsOfBlock);
   const int64_t blocks = (args.rows + fitting - 1) / fitting;
   for (int64_t out = out_begin; out < out_end; out += kOutputs) {
     const int64_t count = std::min<int64_t>(kOutputs, out_end - out);
-    if (args.rows == 1) {  // 8 sums in flight hide the latency of an addition, 4 do not
-      multiply_block<T, 8, 1>(args, packed, 0, 1, out, count);
+    if (args.rows == 1) {
+      multiply_block<T, 4, 1>(args, packed, 0, 1, out, count);
       continue;
     }
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = args.rows * block / blocks, rows = args.rows * (block + 1) / blocks - first;
-      multiply_block<T, 4, kMaxRows>(args, packed, first, rows, out, count);
+      multiply_block<T, kTileOutputs, kTileRows>(args, packed, first, rows, out, count);
     }
   }
 }
@@ -133,10 +167,10 @@ SPECDEC_INLINE void pack_step(const T* from, typename Format<T>::Packed* to) {
 
 // Rows of x as the kernel reads them: the parts of each step one after another, zeros up to the end of the last step.
 template <class T>
-void pack(const LinearArgs& args, void* packed, int64_t row_begin, int64_t row_end) {
+void pack(const LinearArgs& args, void* packed) {
   using F = Format<T>;
   const int64_t full = args.in_features / F::kStep * F::kStep, stride = packed_stride<T>(args);
-  for (int64_t row = row_begin; row < row_end; ++row) {
+  for (int64_t row = 0; row < args.rows; ++row) {
     const T* from = static_cast<const T*>(args.x) + row * args.in_features;
     auto* to = static_cast<typename F::Packed*>(packed) + row * stride;
     for (int64_t k = 0; k < full; k += F::kStep) pack_step<T>(from + k, to + k);
