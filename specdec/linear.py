@@ -14,6 +14,7 @@ differently.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import threading
@@ -40,29 +41,35 @@ MIN_ADVANTAGE = 1.05
 MAX_LOSS = 0.9  # at few rows, accepted where many rows win: one arithmetic for all of them is worth more
 
 
-def _load_op() -> bool:
+def _load_op() -> Path | None:
     """Load the compiled library that lies beside this file, if there is one."""
     if os.environ.get("SPECDEC_NO_EXT") == "1":
-        return False
+        return None
     for path in sorted(Path(__file__).parent.glob("_C*.so")):
         try:
             torch.ops.load_library(str(path))
-            return True
+            return path
         except OSError as error:
             warnings.warn(
                 f"specdec: {path.name} does not load ({error}); CPU steps are slower. Fix: reinstall specdec against this torch",
                 stacklevel=2,
             )
-    return False
+    return None
 
 
-HAVE_OP = _load_op()
+_LIBRARY = _load_op()
+HAVE_OP = _LIBRARY is not None
 
 if HAVE_OP:
 
     @torch.library.register_fake("specdec::linear")
     def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def build() -> str | None:
+    """Identifies the compiled library; None without one."""
+    return hashlib.sha256(_LIBRARY.read_bytes()).hexdigest()[:16] if _LIBRARY else None
 
 
 def instruction_set() -> str | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from specdec import linear
 from specdec._cache import cache_folder
 from specdec.cost_model import CONTEXTS, CostModel
 from specdec.draft_tree import DraftTree
@@ -138,4 +139,4 @@ def _fingerprint(target: TargetModel) -> str:
     config = target.model.config.to_dict()
     shape = {name: value for name, value in sorted(config.items()) if isinstance(value, int) and not isinstance(value, bool)}
     parts = (target.name, shape, target.dtype, target.device, torch.get_num_threads(), torch.__version__)
-    return repr((*parts, platform.node(), platform.machine(), target.info()))
+    return repr((*parts, platform.node(), platform.machine(), target.info(), linear.build()))
