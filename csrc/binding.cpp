@@ -1,4 +1,7 @@
 // torch.ops.specdec.linear and tree_attention over csrc/cpu, by torch's stable ABI: one build serves every torch from 2.10 on.
+#ifdef SPECDEC_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -165,8 +168,19 @@ void check_launch(int code, const TreeAttentionParams& p) {
       CHECK_ARGUMENT(false, "softcap must be finite and at least 0");
     case SPECDEC_BAD_WINDOW:
       CHECK_ARGUMENT(false, "window must be at least 0");
+    case SPECDEC_BAD_SLOTS:
+      CHECK_ARGUMENT(false, "key_cache has ", p.slots, " slots, which the op does not take");
+    case SPECDEC_BAD_BATCH:
+      CHECK_ARGUMENT(false, "query has ", p.batch, " rows, which the op does not take");
+    case SPECDEC_BAD_QUERY:
+      CHECK_ARGUMENT(false, "query must be aligned to 16 bytes, its strides too");
+    case SPECDEC_BAD_KEY_CACHE:
+      CHECK_ARGUMENT(false, "key_cache must be aligned to 16 bytes, its strides too");
+    case SPECDEC_BAD_VALUE_CACHE:
+      CHECK_ARGUMENT(false, "value_cache must be aligned to 16 bytes, its strides too");
     default:
-      CHECK_ARGUMENT(false, "error ", code);
+      CHECK_ARGUMENT(code < 0, "the launch failed with CUDA error ", code);
+      CHECK_ARGUMENT(false, "refused by the launcher with code ", code);
   }
 }
 
@@ -229,6 +243,29 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor query, Tensor keys, Tensor 
   return {output, lse};
 }
 
+#ifdef SPECDEC_WITH_CUDA
+std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor query, Tensor keys, Tensor values, Tensor prefix_lengths, Tensor node_counts,
+                                               Tensor ancestor_mask, Tensor depths, double scale, double softcap, int64_t window) {
+  TreeAttentionParams params =
+      attention_params(query, keys, values, prefix_lengths, node_counts, ancestor_mask, depths, scale, softcap, window);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const int64_t batch = params.batch, nodes = params.nodes, heads = params.query_heads;
+  Tensor output = torch::stable::new_empty(query, {batch, nodes, heads, params.head_dim});
+  Tensor lse = torch::stable::new_empty(query, {batch, nodes, heads}, ScalarType::Float);
+  params.output = output.data_ptr();
+  params.lse = static_cast<float*>(lse.data_ptr());
+  if (output.numel() == 0) return {output, lse};
+  const int64_t needed = specdec_tree_attention_cuda_workspace(&params);
+  if (needed < 0) check_launch(int(needed), params);
+  Tensor workspace = torch::stable::new_empty(query, {needed}, ScalarType::Byte);
+  params.workspace = workspace.data_ptr();
+  params.workspace_size = needed;
+  void* const stream = torch::stable::accelerator::getCurrentStream(query.get_device_index()).nativeHandle();
+  check_launch(specdec_tree_attention_cuda(&params, stream), params);
+  return {output, lse};
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specdec, m) {
@@ -243,5 +280,9 @@ STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("tree_attention", TORCH_BOX(&tree_attention_cpu));
 }
+
+#ifdef SPECDEC_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(specdec, CUDA, m) { m.impl("tree_attention", TORCH_BOX(&tree_attention_cuda)); }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CompositeExplicitAutograd, m) { m.impl("linear_isa", TORCH_BOX(&linear_isa)); }
