@@ -401,7 +401,8 @@ class SuffixSource:
 
     def start(self, seq: Sequence) -> None:
         """Index the prompt."""
-        automaton = SuffixAutomaton(capacity=2 * len(seq.token_ids) + 64, max_tokens=self.max_tokens)
+        # Without room to spare: it doubles at the first token, so that growing is compiled with the rest and not in a later step.
+        automaton = SuffixAutomaton(capacity=len(seq.token_ids), max_tokens=self.max_tokens)
         automaton.extend(seq.token_ids)
         self._local[seq.id] = automaton
         self._unshared[seq.id] = []
