@@ -17,20 +17,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
+from bench.timing import medians
 from specdec.attention import TreeBatch, compiled_op, tree_attention_reference
-from specdec.draft_tree import DraftTree
 from specdec.linear import instruction_set
+from specdec.pacing import two_chains
 
 SHAPES = {  # query heads, KV heads, head dimension
     "SmolLM2-135M": (9, 3, 64),
@@ -68,29 +67,11 @@ class Result:
         return self.ms[contender] / self.ms["op"]
 
 
-def medians(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contender, all called once a round, after a first round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats + 1):
-        for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(times[1:]) for name, times in seconds.items()}
-
-
 def measure_bounds() -> Bounds:
     """Medians of readings of 256 MiB and of matmuls of 1536 x 1536."""
     block, square = torch.ones(64 << 20), torch.ones(1536, 1536)
-    times = medians({"read": block.sum, "matmul": lambda: square @ square}, 7)
+    times = medians({"read": block.sum, "matmul": lambda: square @ square}, 7, warm_up=1)
     return Bounds(block.numel() * 4 / times["read"], 2 * 1536**3 / times["matmul"])
-
-
-def make_tree(nodes: int) -> DraftTree:
-    """Node i hangs on node i - 2: two branches."""
-    parents = np.maximum(np.arange(nodes) - 2, 0)
-    parents[0] = -1
-    return DraftTree(np.arange(nodes), parents)
 
 
 def bench_case(model: str, dtype: torch.dtype, prefix: int, nodes: int, repeats: int, bounds: Bounds) -> Result:
@@ -98,7 +79,7 @@ def bench_case(model: str, dtype: torch.dtype, prefix: int, nodes: int, repeats:
     slots, scale = prefix + nodes, dim**-0.5
     query = torch.randn(1, nodes, heads, dim).to(dtype).transpose(1, 2)
     key, value = (torch.randn(1, kv_heads, slots, dim).to(dtype) for _ in range(2))
-    batch = TreeBatch([prefix], [make_tree(nodes)], [nodes], torch.device("cpu"))
+    batch = TreeBatch([prefix], [two_chains(nodes)], [nodes], torch.device("cpu"))
     packed, mask = batch.packed(), torch.from_numpy(batch.visible(0, 0))[None, None]
     op, sdpa = compiled_op(), functional.scaled_dot_product_attention
     assert op is not None
@@ -115,7 +96,7 @@ def bench_case(model: str, dtype: torch.dtype, prefix: int, nodes: int, repeats:
     products = 2 * heads * nodes * slots * dim
     if products <= REFERENCE_WORK:
         contenders["reference"] = lambda: tree_attention_reference(query, key, value, *packed, scale)
-    times = medians(contenders, repeats)
+    times = medians(contenders, repeats, warm_up=1)
     reading = 2 * kv_heads * slots * dim * dtype.itemsize / bounds.bytes_per_second
     multiplying = 2 * products / bounds.flops_per_second
     return Result(

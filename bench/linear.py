@@ -1,7 +1,7 @@
 """Few-row matrix products on the CPU: specdec's op beside torch's, for single shapes and for a whole model's forward.
 
-    python bench/linear.py                                    # shapes of SmolLM2-135M
-    python bench/linear.py --model PATH --dtype bfloat16      # forwards of a model over a cache of 256 tokens
+    python -m bench.linear                                    # shapes of SmolLM2-135M
+    python -m bench.linear --model PATH --dtype bfloat16      # forwards of a model over a cache of 256 tokens
 
 Contenders take turns and the median of their times counts. The last line of stdout is one JSON object.
 """
@@ -10,31 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from statistics import median
 
 import torch
 from torch.nn import functional
 
+from bench.timing import medians
 from specdec.linear import FastLinear, instruction_set
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576))  # [out_features, in_features]
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256
-
-
-def medians(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contender, all called once a round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(times) for name, times in seconds.items()}
 
 
 def multiply(linear: Callable[..., torch.Tensor], x: torch.Tensor, weights: list[torch.Tensor]) -> None:

@@ -26,18 +26,21 @@ using torch::stable::Tensor;
 constexpr int64_t kMultiplyGrain = 32768;  // products that are worth a thread
 constexpr int64_t kChunksPerThread = 16;    // of unequal speed: a thread that is done takes chunks of the others
 
-specdec::DType dtype_of(const Tensor& x) {
+// SPECDEC_FLOAT32, ... of `x`, which the message calls `name`.
+int32_t dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
-      return specdec::DType::kFloat32;
+      return SPECDEC_FLOAT32;
     case ScalarType::Half:
-      return specdec::DType::kFloat16;
+      return SPECDEC_FLOAT16;
     case ScalarType::BFloat16:
-      return specdec::DType::kBFloat16;
+      return SPECDEC_BFLOAT16;
     default:
-      STD_TORCH_CHECK(false, "specdec::linear: x must be float32, float16 or bfloat16");
+      STD_TORCH_CHECK(false, "specdec::", name, " must be float32, float16 or bfloat16");
   }
 }
+static_assert(int(specdec::DType::kFloat32) == SPECDEC_FLOAT32 && int(specdec::DType::kFloat16) == SPECDEC_FLOAT16 &&
+              int(specdec::DType::kBFloat16) == SPECDEC_BFLOAT16);
 
 void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(x.dim() >= 1, "specdec::linear: x must have at least one dimension");
@@ -86,7 +89,7 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   Tensor y = torch::stable::new_empty(x, shape);
   if (y.numel() == 0) return y;
 
-  const specdec::LinearArgs args = {.dtype = dtype_of(x),
+  const specdec::LinearArgs args = {.dtype = specdec::DType(dtype_of(x, "linear: x")),
                                     .x = x.data_ptr(),
                                     .weight = weight.data_ptr(),
                                     .bias = bias ? bias->data_ptr() : nullptr,
@@ -110,19 +113,6 @@ std::string linear_isa() { return specdec::linear_isa(); }
 // ---- tree_attention ----------------------------------------------------------------------------------------------------
 
 #define CHECK_ARGUMENT(condition, ...) STD_TORCH_CHECK(condition, "specdec::tree_attention: ", __VA_ARGS__)
-
-int32_t attention_dtype(const Tensor& query) {
-  switch (query.scalar_type()) {
-    case ScalarType::Float:
-      return SPECDEC_FLOAT32;
-    case ScalarType::Half:
-      return SPECDEC_FLOAT16;
-    case ScalarType::BFloat16:
-      return SPECDEC_BFLOAT16;
-    default:
-      CHECK_ARGUMENT(false, "query must be float32, float16 or bfloat16");
-  }
-}
 
 void check_matrix(const Tensor& x, const char* name, const Tensor& query) {
   CHECK_ARGUMENT(x.dim() == 4, name, " must have 4 dimensions, has ", x.dim());
@@ -184,11 +174,11 @@ void check_launch(int code, const TreeAttentionParams& p) {
   }
 }
 
-// The C struct of a call, but for what is the device's own.
+// The C struct of a call, but for the output and what is the device's own.
 TreeAttentionParams attention_params(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& prefix_lengths,
                                      const Tensor& node_counts, const Tensor& ancestor_mask, const Tensor& depths, double scale,
                                      double softcap, int64_t window) {
-  const int32_t dtype = attention_dtype(query);
+  const int32_t dtype = dtype_of(query, "tree_attention: query");
   check_matrix(query, "query", query);
   check_matrix(keys, "key_cache", query);
   check_matrix(values, "value_cache", query);
@@ -222,6 +212,16 @@ TreeAttentionParams attention_params(const Tensor& query, const Tensor& keys, co
           .softcap = float(softcap)};
 }
 
+// Output and log-sum-exp of a call, entered in its struct.
+std::tuple<Tensor, Tensor> new_outputs(const Tensor& query, TreeAttentionParams& params) {
+  const int64_t batch = params.batch, nodes = params.nodes, heads = params.query_heads;
+  Tensor output = torch::stable::new_empty(query, {batch, nodes, heads, params.head_dim});
+  Tensor lse = torch::stable::new_empty(query, {batch, nodes, heads}, ScalarType::Float);
+  params.output = output.data_ptr();
+  params.lse = static_cast<float*>(lse.data_ptr());
+  return {output, lse};
+}
+
 void run_on_torch_threads(void*, int64_t tasks, void (*task)(void*, int64_t), void* context) {
   torch::stable::parallel_for(0, tasks, 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(context, i);
@@ -232,11 +232,7 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor query, Tensor keys, Tensor 
                                               Tensor ancestor_mask, Tensor depths, double scale, double softcap, int64_t window) {
   TreeAttentionParams params =
       attention_params(query, keys, values, prefix_lengths, node_counts, ancestor_mask, depths, scale, softcap, window);
-  const int64_t batch = params.batch, nodes = params.nodes, heads = params.query_heads;
-  Tensor output = torch::stable::new_empty(query, {batch, nodes, heads, params.head_dim});
-  Tensor lse = torch::stable::new_empty(query, {batch, nodes, heads}, ScalarType::Float);
-  params.output = output.data_ptr();
-  params.lse = static_cast<float*>(lse.data_ptr());
+  auto [output, lse] = new_outputs(query, params);
   params.num_threads = int32_t(torch::stable::get_num_threads());
   params.parallel_for = run_on_torch_threads;
   check_launch(specdec_tree_attention_cpu(&params), params);
@@ -249,11 +245,7 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor query, Tensor keys, Tensor
   TreeAttentionParams params =
       attention_params(query, keys, values, prefix_lengths, node_counts, ancestor_mask, depths, scale, softcap, window);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const int64_t batch = params.batch, nodes = params.nodes, heads = params.query_heads;
-  Tensor output = torch::stable::new_empty(query, {batch, nodes, heads, params.head_dim});
-  Tensor lse = torch::stable::new_empty(query, {batch, nodes, heads}, ScalarType::Float);
-  params.output = output.data_ptr();
-  params.lse = static_cast<float*>(lse.data_ptr());
+  auto [output, lse] = new_outputs(query, params);
   if (output.numel() == 0) return {output, lse};
   const int64_t needed = specdec_tree_attention_cuda_workspace(&params);
   if (needed < 0) check_launch(int(needed), params);

@@ -254,25 +254,14 @@ if _op is not None:
 
 def _op_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the op runs on these; if not, why is said once a process."""
-    dim = query.shape[-1]
-    if (
-        _op is not None
-        and query.is_cpu
-        and query.dtype in _DTYPES
-        and query.dtype is key.dtype is value.dtype
-        and dim in _HEAD_DIMS
-        and value.shape[-1] == dim
-        and query.shape[-2] <= _MAX_NODES
-        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    ):
-        return True
-    if query.dtype is not torch.float64:
-        _notice(_obstacle(query, key, value))
-    return False
+    obstacle = _obstacle(query, key, value)
+    if obstacle is not None and query.dtype is not torch.float64:
+        _notice(obstacle)
+    return obstacle is None
 
 
-def _obstacle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
-    """The first reason for which the op does not run."""
+def _obstacle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    """The first reason for which the op does not run, None where it does."""
     if _op is None:
         return "specdec._C is not built"
     if not query.is_cpu:
@@ -285,7 +274,9 @@ def _obstacle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> st
         return f"values have dimension {value.shape[-1]}, keys {query.shape[-1]}"
     if query.shape[-2] > _MAX_NODES:
         return f"a tree has {query.shape[-2]} nodes, it takes {_MAX_NODES}"
-    return "the last dimension of the query, keys or values is not contiguous"
+    if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+        return "the last dimension of the query, keys or values is not contiguous"
+    return None
 
 
 @cache

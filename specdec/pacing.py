@@ -21,13 +21,13 @@ import torch
 from specdec import linear
 from specdec._cache import cache_folder
 from specdec.cost_model import CONTEXTS, CostModel
-from specdec.draft_tree import DraftTree
+from specdec.draft_tree import NO_PARENT, DraftTree
 
 if TYPE_CHECKING:
     from specdec.engine import StepStats
     from specdec.target import TargetModel
 
-__all__ = ["MAX_NODES", "Pacer"]
+__all__ = ["MAX_NODES", "Pacer", "two_chains"]
 
 MAX_NODES = 64
 HOST_PHASES = ("draft", "accept", "commit", "learn")
@@ -118,16 +118,20 @@ def _timer(target: TargetModel) -> Any:
         for tensor in cache.buffers():
             tensor.zero_()
         cache.lengths = [context] * len(cache.lengths)
-        # Two interleaved chains: a real tree mask, and positions that stay within small contexts.
-        parents = np.maximum(np.arange(nodes) - 2, 0)
-        parents[0] = -1
-        tree = DraftTree(np.arange(nodes) % target.vocab_size, parents)
+        tree = two_chains(nodes, target.vocab_size)
         started = time.perf_counter()
         target.forward(cache, [tree] * rows)
         _synchronize(target.device)
         return time.perf_counter() - started
 
     return forward
+
+
+def two_chains(nodes: int, vocab_size: int | None = None) -> DraftTree:
+    """A tree to time: node i hangs on node i - 2, a real mask and positions that stay within small contexts; tokens 0, 1, ..."""
+    parents = np.maximum(np.arange(nodes) - 2, 0)
+    parents[0] = NO_PARENT
+    return DraftTree(np.arange(nodes) % (vocab_size or nodes), parents)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -28,6 +28,17 @@
 #define SPECDEC_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #define SPECDEC_AVX512_BF16 "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 
+// Initialises a table [Isa][dtype] with kernel<T>() of each instruction set's namespace, for float, Half and BFloat16. Only
+// bfloat16 has instructions of its own in the last set.
+#define SPECDEC_KERNELS_OF(isa) {isa::kernel<float>(), isa::kernel<Half>(), isa::kernel<BFloat16>()}
+#ifdef SPECDEC_X86
+#define SPECDEC_KERNEL_TABLE                                                                       \
+  {SPECDEC_KERNELS_OF(portable), SPECDEC_KERNELS_OF(avx2), SPECDEC_KERNELS_OF(avx512),             \
+   {avx512::kernel<float>(), avx512::kernel<Half>(), avx512_bf16::kernel<BFloat16>()}}
+#else
+#define SPECDEC_KERNEL_TABLE {SPECDEC_KERNELS_OF(portable)}
+#endif
+
 namespace specdec {
 
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };

@@ -305,15 +305,8 @@ SPECDEC_TARGET_END
 // ---- choice ------------------------------------------------------------------------------------------------------------
 
 const LinearKernel& choose(DType dtype) {
-  static const LinearKernel kernels[][3] = {  // by Isa, then float32, float16, bfloat16
-      {portable::kernel<float>(), portable::kernel<Half>(), portable::kernel<BFloat16>()},
-#ifdef SPECDEC_X86
-      {avx2::kernel<float>(), avx2::kernel<Half>(), avx2::kernel<BFloat16>()},
-      {avx512::kernel<float>(), avx512::kernel<Half>(), avx512::kernel<BFloat16>()},
-      {avx512::kernel<float>(), avx512::kernel<Half>(), avx512_bf16::kernel<BFloat16>()},
-#endif
-  };
-  return kernels[int(isa())][dtype == DType::kFloat32 ? 0 : dtype == DType::kFloat16 ? 1 : 2];
+  static const LinearKernel kernels[][3] = SPECDEC_KERNEL_TABLE;
+  return kernels[int(isa())][int(dtype)];
 }
 
 constexpr std::align_val_t kAlignment{64};

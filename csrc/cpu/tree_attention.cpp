@@ -502,14 +502,7 @@ SPECDEC_TARGET_END
 // ---- one call ----------------------------------------------------------------------------------------------------------
 
 const Kernel& kernel_for(int32_t dtype) {
-  static const Kernel kernels[][3] = {  // by Isa, by dtype
-      {portable::kernel<float>(), portable::kernel<Half>(), portable::kernel<BFloat16>()},
-#ifdef SPECDEC_X86
-      {avx2::kernel<float>(), avx2::kernel<Half>(), avx2::kernel<BFloat16>()},
-      {avx512::kernel<float>(), avx512::kernel<Half>(), avx512::kernel<BFloat16>()},
-      {avx512::kernel<float>(), avx512::kernel<Half>(), avx512_bf16::kernel<BFloat16>()},
-#endif
-  };
+  static const Kernel kernels[][3] = SPECDEC_KERNEL_TABLE;
   return kernels[int(isa())][dtype];
 }
 
