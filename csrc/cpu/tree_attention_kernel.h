@@ -10,7 +10,7 @@
 //   keep(Vec&)                      holds a value in its register
 //   kMaxRows, kMaxSums              rows of a group; sums that fit in registers
 //   kPairs<T>                       queries and keys are multiplied as pairs of bfloat16
-//   pack_keys<T>(keys, stride, count, dim, panels, ahead)
+//   pack_keys<T>(keys, stride, count, dim, panels, fetch)
 
 // 2^x for x <= 0, with a relative error below 1e-7; below -125, zero.
 SPECDEC_INLINE Vec exp2(Vec x) {
@@ -54,12 +54,10 @@ SPECDEC_INLINE Vec product(Vec x, Vec y, Vec sum) {
     return fma(x, y, sum);
 }
 
-// sums[i][v] = sum over k of a[i, k] * b[k, v], k in ascending order: an element is one chain of operations, whatever NR and NV.
+// sums[i][v] += sum over k of a[i, k] * b[k, v], k in ascending order: an element is one chain of operations, whatever NR and NV.
 template <class T, bool Pairs, int NR, int NV>
-SPECDEC_INLINE void multiply(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t panel_stride, int64_t steps,
-                             Vec (&sums)[NR][NV]) {
-  for (int i = 0; i < NR; ++i)
-    for (int v = 0; v < NV; ++v) sums[i][v] = set1(0.0f);
+SPECDEC_INLINE void add_products(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t panel_stride, int64_t steps,
+                                 Vec (&sums)[NR][NV]) {
   for (int64_t k = 0; k < steps; ++k, b += b_stride) {
     if constexpr (NR > NV) {
       Vec bs[NV];
@@ -81,17 +79,34 @@ SPECDEC_INLINE void multiply(const float* a, int64_t a_stride, const T* b, int64
   }
 }
 
+// A tile: sums[i][v] = sum over k of a[i, k] * b[k, v].
+template <class T, bool Pairs, int NR, int NV>
+SPECDEC_INLINE void multiply(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t panel_stride, int64_t steps,
+                             Vec (&sums)[NR][NV], Fetch& fetch) {
+  for (int i = 0; i < NR; ++i)
+    for (int v = 0; v < NV; ++v) sums[i][v] = set1(0.0f);
+  if constexpr (NR > kFewRows) {
+    add_products<T, Pairs>(a, a_stride, b, b_stride, panel_stride, steps, sums);
+    fetch.beside(NV);
+  } else {
+    for (int64_t k = 0; k < steps; k += kFetchSteps) {
+      add_products<T, Pairs>(a + k, a_stride, b + k * b_stride, b_stride, panel_stride, std::min(kFetchSteps, steps - k), sums);
+      fetch.beside(NV);
+    }
+  }
+}
+
 template <int NR>
 constexpr int kVecs = NR * 4 <= kMaxSums ? 4 : 2;
 
 // scores[i, v] = (Add ? scores[i, v] : 0) + queries[i] . keys[v] over `steps` of d, for the vectors [first, vecs) of keys.
 template <bool Pairs, bool Add, int NR, int NV>
 SPECDEC_NOINLINE void score(const float* queries, int64_t stride, const float* keys, int64_t steps, int64_t first, int64_t vecs,
-                            float* scores) {
+                            float* scores, Fetch& fetch) {
   for (; first + NV <= vecs; first += NV) {
     Vec sums[NR][NV];
     multiply<float, Pairs, NR, NV>(queries, stride, keys + panel_offset(first, stride * kPanel), kPanel, stride * kPanel, steps,
-                                   sums);
+                                   sums, fetch);
     for (int i = 0; i < NR; ++i)
       for (int v = 0; v < NV; ++v) {
         float* to = scores + i * kMaxKeys + (first + v) * kLanes;
@@ -99,7 +114,7 @@ SPECDEC_NOINLINE void score(const float* queries, int64_t stride, const float* k
       }
   }
   if constexpr (NV > 1) {
-    if (first < vecs) score<Pairs, Add, NR, NV / 2>(queries, stride, keys, steps, first, vecs, scores);
+    if (first < vecs) score<Pairs, Add, NR, NV / 2>(queries, stride, keys, steps, first, vecs, scores, fetch);
   }
 }
 
@@ -113,11 +128,11 @@ struct Values {
 // output[i] = output[i] * old_weight[i] + (weights[i] . values) * new_weight[i] for the vectors [first, vecs) of columns.
 template <class T, int NR, int NV>
 SPECDEC_NOINLINE void weigh(const float* weights, Values<T> values, int64_t keys, int64_t first, int64_t vecs,
-                            const float* old_weight, const float* new_weight, float* output) {
+                            const float* old_weight, const float* new_weight, float* output, Fetch& fetch) {
   for (; first + NV <= vecs; first += NV) {
     Vec sums[NR][NV];
     multiply<T, false, NR, NV>(weights, kMaxKeys, values.from + panel_offset(first, values.panel_stride), values.stride,
-                               values.panel_stride, keys, sums);
+                               values.panel_stride, keys, sums, fetch);
     for (int i = 0; i < NR; ++i)
       for (int v = 0; v < NV; ++v) {
         float* to = output + (i * vecs + first + v) * kLanes;
@@ -125,7 +140,7 @@ SPECDEC_NOINLINE void weigh(const float* weights, Values<T> values, int64_t keys
       }
   }
   if constexpr (NV > 1) {
-    if (first < vecs) weigh<T, NR, NV / 2>(weights, values, keys, first, vecs, old_weight, new_weight, output);
+    if (first < vecs) weigh<T, NR, NV / 2>(weights, values, keys, first, vecs, old_weight, new_weight, output, fetch);
   }
 }
 
@@ -179,7 +194,7 @@ SPECDEC_INLINE void combine(int64_t rows, float* maxima, float* sums, const floa
 // One block of keys for NR rows from `row` on, added to what they have.
 template <class T, class V, int NR>
 void attend_rows(const Unit& unit, const Block& block, int64_t row, const float* queries, const float* keys, Values<V> values,
-                 const Partial& sum) {
+                 const Partial& sum, Fetch& fetch) {
   const int64_t dim = unit.dim, stride = kPairs<T> ? dim / 2 : dim;
   uint64_t words[NR][kWords];
   const uint64_t* visible[NR];
@@ -190,9 +205,9 @@ void attend_rows(const Unit& unit, const Block& block, int64_t row, const float*
   alignas(64) float scores[NR * kMaxKeys];
   const int64_t vecs = (block.keys + kPanel - 1) / kPanel * kPanel / kLanes;
   queries += row * stride;
-  score<kPairs<T>, false, NR, kVecs<NR>>(queries, stride, keys, std::min(stride, kChain), 0, vecs, scores);
+  score<kPairs<T>, false, NR, kVecs<NR>>(queries, stride, keys, std::min(stride, kChain), 0, vecs, scores, fetch);
   if (stride > kChain)
-    score<kPairs<T>, true, NR, kVecs<NR>>(queries + kChain, stride, keys + kChain * kPanel, stride - kChain, 0, vecs, scores);
+    score<kPairs<T>, true, NR, kVecs<NR>>(queries + kChain, stride, keys + kChain * kPanel, stride - kChain, 0, vecs, scores, fetch);
   float maxima[NR], sums[NR], old_weight[NR], new_weight[NR];
   for (int i = 0; i < NR; ++i) {
     if (unit.scale.cap > 0)
@@ -201,25 +216,26 @@ void attend_rows(const Unit& unit, const Block& block, int64_t row, const float*
       softmax<false>(scores + i * kMaxKeys, vecs, visible[i], unit.scale, maxima[i], sums[i]);
   }
   combine(NR, sum.maxima + row, sum.sums + row, maxima, sums, old_weight, new_weight);
-  weigh<V, NR, kVecs<NR>>(scores, values, block.keys, 0, dim / kLanes, old_weight, new_weight, sum.output + row * dim);
+  weigh<V, NR, kVecs<NR>>(scores, values, block.keys, 0, dim / kLanes, old_weight, new_weight, sum.output + row * dim,
+                     fetch);
 }
 
 template <class T, class V, int NR = kMaxRows>
 void attend_group(int64_t rows, const Unit& unit, const Block& block, int64_t row, const float* queries, const float* keys,
-                  Values<V> values, const Partial& sum) {
+                  Values<V> values, const Partial& sum, Fetch& fetch) {
   if constexpr (NR > 1) {
-    if (rows < NR) return attend_group<T, V, NR - 1>(rows, unit, block, row, queries, keys, values, sum);
+    if (rows < NR) return attend_group<T, V, NR - 1>(rows, unit, block, row, queries, keys, values, sum, fetch);
   }
-  attend_rows<T, V, NR>(unit, block, row, queries, keys, values, sum);
+  attend_rows<T, V, NR>(unit, block, row, queries, keys, values, sum, fetch);
 }
 
 template <class T, class V>
 void attend_block(const Unit& unit, const Block& block, const float* queries, const float* keys, Values<V> values,
-                  const Partial& sum) {
+                  const Partial& sum, Fetch& fetch) {
   const int64_t groups = (unit.rows + kMaxRows - 1) / kMaxRows;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t row = unit.rows * group / groups, end = unit.rows * (group + 1) / groups;
-    attend_group<T, V>(end - row, unit, block, row, queries, keys, values, sum);
+    attend_group<T, V>(end - row, unit, block, row, queries, keys, values, sum, fetch);
   }
 }
 
@@ -243,23 +259,32 @@ void pack_queries(const Unit& unit, float* packed) {
   }
 }
 
+// What all tiles of a block tell Fetch::beside() together.
+inline int64_t tile_work(int64_t rows, int64_t score_steps, int64_t dim) {
+  if (rows > kFewRows) return (rows + kMaxRows - 1) / kMaxRows * (kBlock + dim) / kLanes;
+  return (kBlock * ((score_steps + kFetchSteps - 1) / kFetchSteps) + dim * (kBlock / kFetchSteps)) / kLanes;
+}
+
 // The keys at the positions of one split, for all rows of the unit. `sum` is empty at first.
 template <class T>
 void attend_split(const Unit& unit, int64_t split, const Scratch& scratch, const Partial& sum) {
-  for (int64_t i = split_begin(split) / kBlock; i < split_begin(split + 1) / kBlock; ++i) {
+  const int64_t row_bytes = unit.dim * sizeof(T), first = split_begin(split) / kBlock, last = split_begin(split + 1) / kBlock;
+  const Rows key_rows = {static_cast<const char*>(unit.keys), unit.key_stride * int64_t(sizeof(T))};
+  const Rows value_rows = {static_cast<const char*>(unit.values), unit.value_stride * int64_t(sizeof(T))};
+  const int64_t work = kPackWork * kBlock / 8 + tile_work(unit.rows, kPairs<T> ? unit.dim / 2 : unit.dim, unit.dim);
+  for (int64_t i = first; i < last; ++i) {
     const Block block = make_block(unit, i);
     if (block.keys == 0) continue;
     const T* keys = static_cast<const T*>(unit.keys) + block.slot * unit.key_stride;
     const T* values = static_cast<const T*>(unit.values) + block.slot * unit.value_stride;
-    const int64_t key_bytes = unit.key_stride * sizeof(T), value_bytes = unit.value_stride * sizeof(T);
-    const Ahead ahead[] = {{reinterpret_cast<const char*>(values), value_bytes},
-                           {reinterpret_cast<const char*>(keys + kBlock * unit.key_stride), key_bytes}};
-    pack_keys<T>(keys, unit.key_stride, block.keys, unit.dim, scratch.keys, ahead);
+    if (i == first) Fetch(key_rows, value_rows, block.slot, row_bytes, 1).beside(1);
+    Fetch fetch(key_rows, value_rows, block.slot + kBlock, row_bytes, work);
+    pack_keys<T>(keys, unit.key_stride, block.keys, unit.dim, scratch.keys, fetch);
     if (unit.rows <= kMaxRows) {  // read once: they need not be packed
-      attend_block<T, T>(unit, block, scratch.queries, scratch.keys, {values, unit.value_stride, kPanel}, sum);
+      attend_block<T, T>(unit, block, scratch.queries, scratch.keys, {values, unit.value_stride, kPanel}, sum, fetch);
     } else {
       pack_values<T>(values, unit.value_stride, block.keys, unit.dim, scratch.values);
-      attend_block<T, float>(unit, block, scratch.queries, scratch.keys, {scratch.values, kPanel, block.keys * kPanel}, sum);
+      attend_block<T, float>(unit, block, scratch.queries, scratch.keys, {scratch.values, kPanel, block.keys * kPanel}, sum, fetch);
     }
   }
 }
