@@ -8,7 +8,8 @@
   same prompts. With --break-mask one ancestor bit of every tree is wrong, and the audit must fail. Counted besides: outputs equal
   to those of model.generate (identical) and of specdec's own plain decoding (as_none: all, on a CPU with the compiled ops).
 
-Each finished unit is a line of the log; a rerun skips it. The last stdout line is one JSON object.
+Each finished unit is a line of a log; a rerun skips it. `--shard 1/2` and `--shard 2/2`, side by side, share the work (one thread
+each: OMP_NUM_THREADS=1); a last run without --shard counts what all of them wrote. The last stdout line is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = ["gaps", "main", "reference"]
 
 BUDGETS = (8, 60)
 BATCH = 5
+WITHOUT_BUDGET = ("none", "token_recycling_published", "goose_published")  # the same trees at any budget: run at one of them
 NEW_TOKENS = 64
 console = Console(stderr=True)
 
@@ -51,13 +53,19 @@ class Unit:
 
 
 class Log:
-    """JSON lines, one a finished unit."""
+    """JSON lines, one a finished unit: reads those of every shard, writes its own."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
+    def __init__(self, folder: Path, check: str, shard: tuple[int, int] = (1, 1)) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.shard = shard
+        self.path = folder / (f"{check}.jsonl" if shard[1] == 1 else f"{check}.{shard[0]}of{shard[1]}.jsonl")
+        lines = [line for path in sorted(folder.glob(f"{check}.*jsonl")) for line in path.read_text().splitlines()]
         self.done: dict[str, dict[str, Any]] = {row["name"]: row for row in map(json.loads, lines)}
+
+    def todo(self, groups: Iterable[list[Unit]]) -> list[Unit]:
+        """What this shard has still to do; it takes whole groups (the units of one prompt or batch), which share a prefill."""
+        index, count = self.shard
+        return [unit for i, group in enumerate(groups) if i % count == index - 1 for unit in group if unit.name not in self.done]
 
     def write(self, row: dict[str, Any]) -> None:
         self.done[row["name"]] = row
@@ -94,15 +102,19 @@ def rounding(model: Any, prompt: Sequence[int], output: Sequence[int]) -> float:
     return worst
 
 
-def units(prompts: dict[str, list[int]], methods: Sequence[str], budgets: Sequence[int], batch: int) -> Iterator[Unit]:
-    """All comparisons, prompt by prompt so that a prefill serves every method; then the ragged batches."""
+def units(prompts: dict[str, list[int]], methods: Sequence[str], budgets: Sequence[int], batch: int) -> Iterator[list[Unit]]:
+    """All comparisons, a group of them for each prompt and then for each ragged batch."""
     names = list(prompts)
     batches = [names[i : i + batch] for i in range(0, len(names), batch)] if batch > 1 else []
     groups = [[name] for name in names] + [group for group in batches if len(group) > 1]  # one row alone is there already
     for group in groups:
-        for method in methods:
-            for budget in budgets:
-                yield Unit(f"{method}@{budget} x{len(group)} {group[0]}", method, budget, [prompts[name] for name in group])
+        rows, last = [prompts[name] for name in group], max(budgets)
+        yield [
+            Unit(f"{method}@{budget} x{len(group)} {group[0]}", method, budget, rows)
+            for method in methods
+            for budget in budgets
+            if method not in WITHOUT_BUDGET or budget == last
+        ]
 
 
 def left_padded(prompts: Sequence[list[int]], pad: int) -> dict[str, torch.Tensor]:
@@ -152,7 +164,7 @@ def verify_greedy(
             built[method, budget] = PrefixEngine(model, method=method, budget=budget, memory=memory)
         return built[method, budget]
 
-    todo = [unit for unit in units(prompts, methods, budgets, batch) if unit.name not in log.done]
+    todo = log.todo(units(prompts, methods, budgets, batch))
     for unit in track(todo, description="comparing", console=console):
         for prompt in unit.prompts:
             if tuple(prompt) not in expected:
@@ -198,8 +210,9 @@ def verify_bf16(
     built: dict[tuple[str, int], PrefixEngine] = {}
     limits: dict[tuple[int, ...], tuple[list[int], list[int], float]] = {}
     params = SamplingParams(max_new_tokens=new_tokens)
+    measured: dict[tuple[int, ...], float] = {}
     undrafted = PrefixEngine(model, method="none", memory=memory)
-    todo = [unit for unit in units(prompts, methods, budgets, 1) if unit.name not in log.done]
+    todo = log.todo(units(prompts, methods, budgets, 1))
     for unit in track(todo, description="auditing", console=console):
         (prompt,) = unit.prompts
         if tuple(prompt) not in limits:
@@ -210,7 +223,10 @@ def verify_bf16(
         with broken_masks() if broken else nullcontext():
             tokens = built[unit.method, unit.budget].generate(prompt, params).token_ids
         plain, own, limit = limits[tuple(prompt)]
-        worst = float(gaps(model, prompt, tokens).max())
+        text = (*prompt, *tokens)
+        if text not in measured:  # methods mostly give one text
+            measured[text] = float(gaps(model, prompt, tokens).max())
+        worst = measured[text]
         same = {"identical": tokens == plain, "as_none": tokens == own}
         log.write({"name": unit.name, "gap": worst, "limit": limit, **same, "wrong": worst > limit})
     return sum(bool(row["wrong"]) for row in log.done.values())
@@ -257,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(".verify"))
     parser.add_argument("--model", default=None, help="local path or hub name; default: the embedded model")
     parser.add_argument("--break-mask", action="store_true", help="negative control for bf16")
+    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="do the I-th of N parts, 1 <= I <= N")
     args = parser.parse_args(argv)
     checks = ("greedy", "long", "bf16") if args.check == "all" else (args.check,)
     results = [run_check(check, args) for check in checks]
@@ -264,12 +281,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(result["wrong"] for result in results) else 0
 
 
+def _shard(text: str) -> tuple[int, int]:
+    """ "2/3" -> (2, 3)."""
+    index, count = (int(part) if part.isdigit() else 0 for part in (*text.split("/", 1), "")[:2])
+    if not 1 <= index <= count:
+        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N, such as 1/2, got {text!r}")
+    return index, count
+
+
 def run_check(check: str, args: argparse.Namespace) -> dict[str, Any]:
     """One check, resumed from its log; returns its summary."""
     methods, budgets = args.methods.split(","), [int(budget) for budget in args.budgets.split(",")]
     model, tokenizer = models.load(args.model, dtype=torch.bfloat16 if check == "bf16" else torch.float32)
     tasks = load_tasks(args.data, args.split, args.limit)
-    log = Log(args.out / f"{check}{'-broken' if args.break_mask else ''}.jsonl")
+    log = Log(args.out, f"{check}{'-broken' if args.break_mask else ''}", args.shard)
     prompts = {task.id: encode(tokenizer, task) for task in tasks}
     if check == "long":
         prompts = {"4k": long_prompt(tokenizer, tasks, 4000)}

@@ -40,12 +40,12 @@ def test_greedy_equals_generate_for_every_method(embedded: tuple[Any, Any], tmp_
     model, tokenizer = embedded
     methods = [name for name in METHODS if name != "auto"]  # which is best_first once the budget is a number
     prompts = prompts_of(tokenizer, 6)
-    log = Log(tmp_path / "greedy.jsonl")
+    log = Log(tmp_path, "greedy")
     wrong = verify_greedy(model, prompts, log, methods, (8,), batch=5, new_tokens=12)
     wrong += verify_greedy(model, prompts, log, methods, (60,), batch=1, new_tokens=12)
     assert wrong == 0, [row for row in log.done.values() if row["wrong"]]
     assert len(log.done) == len(methods) * (6 + 1 + 6)
-    again = Log(tmp_path / "greedy.jsonl")
+    again = Log(tmp_path, "greedy")
     assert again.done == log.done  # a rerun would skip all of it
 
 
@@ -53,11 +53,11 @@ def test_the_bf16_audit_passes_and_a_wrong_mask_bit_fails_it(embedded: tuple[Any
     model, tokenizer = models.load(dtype=torch.bfloat16)
     prompts = prompts_of(tokenizer, 3)
     methods = ["goose", "best_first"]
-    log = Log(tmp_path / "bf16.jsonl")
+    log = Log(tmp_path, "bf16")
     assert verify_bf16(model, prompts, log, methods, (16,), new_tokens=24, broken=False) == 0
     if HAVE_OP:  # no result depends on how many nodes a forward has, so not even a near-tie flips
         assert all(row["as_none"] for row in log.done.values())
-    assert verify_bf16(model, prompts, Log(tmp_path / "broken.jsonl"), methods, (16,), new_tokens=24, broken=True) > 0
+    assert verify_bf16(model, prompts, Log(tmp_path, "broken"), methods, (16,), new_tokens=24, broken=True) > 0
 
 
 @pytest.mark.skipif(not HAVE_OP, reason="specdec._C is not built: torch's own products round by the number of rows")

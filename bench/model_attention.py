@@ -1,0 +1,143 @@
+"""What attention takes of a model's step at a long context, and what the op makes of it: `python -m bench.model_attention`.
+
+One forward over a tree of `nodes` nodes after `--context` tokens, the embedded model by default, three ways that take turns; the
+medians count. All run specdec's own matrix products, so that they differ in nothing but the attention and the cache under it:
+    op            torch.ops.specdec.tree_attention, in place on specdec's cache
+    torch         specdec's PyTorch path (attention.attend_row) on the same cache
+    transformers  scaled_dot_product_attention over a DynamicCache with a 4-D boolean mask, as a user of transformers writes it
+Attention is the time inside the attention functions; a cache's own work (torch.cat in DynamicCache) is in the step alone. What the
+cache holds is noise: it costs the same. The last stdout line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from bench.timing import medians
+from specdec import attention
+from specdec.models import load
+from specdec.pacing import two_chains
+from specdec.target import TargetModel
+
+TIMED_SDPA = "specdec_bench_sdpa"
+
+
+class Stopwatch:
+    """Adds up the seconds inside the functions that it wraps, for each lap."""
+
+    def __init__(self) -> None:
+        self.laps: list[float] = []
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.laps[-1] += time.perf_counter() - start
+            return result
+
+        return timed
+
+    def lap(self, call: Callable[[], object]) -> Callable[[], object]:
+        def measured() -> object:
+            self.laps.append(0.0)
+            return call()
+
+        return measured
+
+
+def specdec_forward(target: TargetModel, watch: Stopwatch, context: int, nodes: int, with_op: bool) -> Callable[[], object]:
+    """A tree forward of the target; its attention is timed by `watch`."""
+    cache = target.new_cache(1, context + nodes)
+    for buffer in cache.buffers():
+        buffer.normal_()
+    cache.lengths = [context]
+    tree, attend = two_chains(nodes, target.vocab_size), target._attention
+
+    def forward() -> torch.Tensor:
+        op = attention._op if with_op else None
+        with patch.object(attention, "_op", op), patch.object(target, "_attention", watch.wrap(attend)):
+            return target.forward(cache, [tree])
+
+    return forward
+
+
+def transformers_forward(target: TargetModel, watch: Stopwatch, context: int, nodes: int) -> Callable[[], object]:
+    """The same tree through the model's own scaled_dot_product_attention and DynamicCache."""
+    model, tree = target.model, two_chains(nodes, target.vocab_size)
+    AttentionInterface.register(TIMED_SDPA, watch.wrap(sdpa_attention_forward))
+    cache = DynamicCache(config=model.config)
+    for layer, shape in enumerate(target._layers):
+        keys = torch.randn(1, shape.key_heads, context, shape.key_dim).to(shape.dtype)
+        cache.update(keys, torch.randn_like(keys), layer)
+    ids, positions = torch.from_numpy(tree.tokens).long()[None], context + torch.from_numpy(tree.depths).long()[None]
+    mask = torch.from_numpy(attention.TreeBatch([context], [tree], [nodes], model.device).visible(0, 0))[None, None]
+
+    def forward() -> torch.Tensor:
+        before = model.config._attn_implementation
+        model.config._attn_implementation = TIMED_SDPA
+        try:
+            with torch.inference_mode(), target._linear.active():
+                logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        finally:
+            model.config._attn_implementation = before
+        cache.crop(-nodes)
+        return logits
+
+    return forward
+
+
+def measure(target: TargetModel, context: int, nodes: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Way -> median milliseconds of a step and of its attention."""
+    watches = {name: Stopwatch() for name in ("op", "torch", "transformers")}
+    forwards = {
+        "op": specdec_forward(target, watches["op"], context, nodes, True),
+        "torch": specdec_forward(target, watches["torch"], context, nodes, False),
+        "transformers": transformers_forward(target, watches["transformers"], context, nodes),
+    }
+    steps = medians({name: watches[name].lap(forward) for name, forward in forwards.items()}, repeats, warm_up=1)
+    return {name: {"step_ms": 1e3 * steps[name], "attention_ms": 1e3 * median(watch.laps[1:])} for name, watch in watches.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="local path or hub name; default: the embedded model")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--context", type=int, default=4000)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 16, 32])
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args(argv)
+    if attention.compiled_op() is None:
+        parser.error("specdec._C is not built: pip install --no-build-isolation .")
+    table = Table(title=f"a step after {args.context} tokens, {torch.get_num_threads()} threads, ms")
+    for column in ("dtype", "nodes", "way", "step", "attention", "share", "step, x op"):
+        table.add_column(column, justify="left" if column in ("dtype", "way") else "right")
+    rows = []
+    for dtype in args.dtypes:
+        model, _ = load(args.model, dtype)
+        target = TargetModel(model)
+        for nodes in args.nodes:
+            found = measure(target, args.context, nodes, args.repeats)
+            for way, ms in found.items():
+                share, ratio = ms["attention_ms"] / ms["step_ms"], ms["step_ms"] / found["op"]["step_ms"]
+                figures = f"{ms['step_ms']:.1f}", f"{ms['attention_ms']:.1f}", f"{100 * share:.0f} %", f"{ratio:.2f}"
+                table.add_row(dtype, str(nodes), way, *figures)
+                rows.append({"dtype": dtype, "nodes": nodes, "way": way, **ms, "share": share, "ratio": ratio})
+    Console(width=120).print(table)
+    print(json.dumps({"bench": "model_attention", "context": args.context, "threads": torch.get_num_threads(), "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
