@@ -1,20 +1,20 @@
 """tree_attention(): the nodes of each row's draft tree attend to the row's prefix and to their own ancestors.
 
-One signature, two implementations: `torch.ops.specdec.tree_attention` (csrc/cpu/tree_attention.cpp) for what it takes, and the
-PyTorch reference below, which is the oracle of its tests. Query node i of row b sees cache slots 0..P-1 and the slots P+j of its
-ancestors j (itself included). Worked example, P = 2 and the tree of draft_tree.py::
+One signature, two implementations: `torch.ops.specdec.tree_attention` (csrc/cpu/tree_attention.cpp, csrc/cuda/) where it can run,
+and the PyTorch reference below, which is the oracle of its tests. Query node i of row b sees cache slots 0..P-1 and the slots P+j
+of its ancestors j (itself included). Worked example, P = 2 and the tree of draft_tree.py::
 
     slot      0  1 | 2 (the) 3 (cat) 4 (dog) 5 (sat)
     node sat  x  x | x       x       .       x
 
-The op's result for a node is a function of the node's query and of the keys and values that it sees, in the order of their
-positions: the same bits in every tree and batch, for every number of threads, and whether a token is a node or committed.
+On a CPU the op's result for a node is a function of the node's query and of the keys and values that it sees, in the order of
+their positions: the same bits in every tree and batch, for every number of threads, and whether a token is a node or committed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -30,7 +30,7 @@ __all__ = ["TreeBatch", "pack_mask", "tree_attention", "tree_attention_reference
 
 _BITS = 32
 _MAX_NODES = 256
-_HEAD_DIMS = frozenset((16, 32, 64, 80, 96, 112, 128, 192, 256))
+_HEAD_DIMS = {"cpu": frozenset((16, 32, 64, 80, 96, 112, 128, 192, 256)), "cuda": frozenset((64, 96, 128, 256))}
 _DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 _logger = logging.getLogger("specdec")
 
@@ -61,7 +61,7 @@ class TreeBatch:
     counts: list[int]  # [B] n of each row
     device: torch.device
     _bias: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor | None] = field(default_factory=dict)
-    _packed: tuple[torch.Tensor, ...] | None = None
+    _packed: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     def visible(self, row: int, window: int) -> np.ndarray:
         """[n, P+n] bool: which cache slots each new node of the row sees."""
@@ -91,19 +91,33 @@ class TreeBatch:
                 self._bias[key] = bias.repeat(groups, 1).to(device)
         return self._bias[key]
 
-    def packed(self) -> tuple[torch.Tensor, ...]:
-        """prefix_lengths [B], node_counts [B], ancestor_mask [B, N, W] and depths [B, N], all int32, for the compiled op."""
-        if self._packed is None:
-            assert self.trees is not None, "a causal chunk has no packed mask"
-            most = max(self.counts)
-            masks = np.zeros((len(self.counts), most, most), np.bool_)
-            depths = np.zeros((len(self.counts), most), np.int32)
-            for row, tree in enumerate(self.trees):
-                masks[row, : len(tree), : len(tree)] = tree.ancestor_mask()
-                depths[row, : len(tree)] = tree.depths
-            arrays = (np.array(self.prefix_lengths, np.int32), np.array(self.counts, np.int32), pack_mask(masks), depths)
-            self._packed = tuple(torch.from_numpy(array).to(self.device) for array in arrays)
-        return self._packed
+    def packed(self, device: torch.device | None = None) -> tuple[torch.Tensor, ...]:
+        """prefix_lengths [B], node_counts [B], ancestor_mask [B, N, W] and depths [B, N], all int32, for the compiled op.
+
+        On `device` (default: the batch's), made once for all layers there.
+        """
+        device = device or self.device
+        if device not in self._packed:
+            arrays = self._packed_arrays()
+            self._packed[device] = tuple(map(torch.from_numpy, arrays)) if device.type == "cpu" else _copied(arrays, device)
+        return self._packed[device]
+
+    def _packed_arrays(self) -> tuple[np.ndarray, ...]:
+        assert self.trees is not None, "a causal chunk has no packed mask"
+        most = max(self.counts)
+        masks = np.zeros((len(self.counts), most, most), np.bool_)
+        depths = np.zeros((len(self.counts), most), np.int32)
+        for row, tree in enumerate(self.trees):
+            masks[row, : len(tree), : len(tree)] = tree.ancestor_mask()
+            depths[row, : len(tree)] = tree.depths
+        return np.array(self.prefix_lengths, np.int32), np.array(self.counts, np.int32), pack_mask(masks), depths
+
+
+def _copied(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Arrays of one dtype as contiguous views of one buffer on `device`: one copy from the host."""
+    buffer = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device)
+    parts = buffer.split([array.size for array in arrays])
+    return tuple(part.view(array.shape) for part, array in zip(parts, arrays))
 
 
 def _attend(
@@ -163,7 +177,7 @@ def attend(
     on their lengths.
     """
     if batch.trees is not None and _op_takes(query, key, value):
-        return _op(query, key, value, *batch.packed(), scale, softcap, window)[0]
+        return _op(query, key, value, *batch.packed(query.device), scale, softcap, window)[0]
     rows = range(query.shape[0])
     if len(rows) == 1:
         end = batch.prefix_lengths[0] + batch.counts[0]
@@ -237,9 +251,9 @@ def tree_attention_reference(
     return output, lse
 
 
-def compiled_op() -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    """torch.ops.specdec.tree_attention, or None where no compiled op is registered."""
-    return _op
+def compiled_op(device_type: str = "cpu") -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """torch.ops.specdec.tree_attention, or None where it has no kernel for tensors of this type ("cpu", "cuda")."""
+    return _op if _has_kernel(device_type) else None
 
 
 _op: Any = torch.ops.specdec.tree_attention.default if HAVE_OP and hasattr(torch.ops.specdec, "tree_attention") else None
@@ -252,31 +266,50 @@ if _op is not None:
         return query.new_empty(rows, nodes, heads, dim), query.new_empty(rows, nodes, heads, dtype=torch.float32)
 
 
+@cache
+def _has_kernel(device_type: str) -> bool:
+    if _op is None or device_type not in _HEAD_DIMS:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key("specdec::tree_attention", device_type.upper())
+
+
 def _op_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the op runs on these; if not, why is said once a process."""
-    obstacle = _obstacle(query, key, value)
+    obstacle = _obstacle(query, key, value, query.device.type)
     if obstacle is not None and query.dtype is not torch.float64:
         _notice(obstacle)
     return obstacle is None
 
 
-def _obstacle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
-    """The first reason for which the op does not run, None where it does."""
+def _obstacle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, device_type: str) -> str | None:
+    """The first reason for which the op does not run on a device of this type, None where it does."""
     if _op is None:
         return "specdec._C is not built"
-    if not query.is_cpu:
-        return f"there is no kernel for {query.device.type}"
+    if not _has_kernel(device_type):
+        fix = " (fix: SPECDEC_CUDA=1 pip install --no-build-isolation ., with nvcc)" if device_type == "cuda" else ""
+        return f"specdec._C has no kernel for {device_type}{fix}"
     if query.dtype not in _DTYPES or not query.dtype is key.dtype is value.dtype:
         return f"it takes one of float32, float16 and bfloat16, not {query.dtype}, {key.dtype} and {value.dtype}"
-    if query.shape[-1] not in _HEAD_DIMS:
-        return f"it has no kernel for head dimension {query.shape[-1]}"
+    if query.shape[-1] not in _HEAD_DIMS[device_type]:
+        return f"it has no kernel for head dimension {query.shape[-1]} on {device_type}"
     if value.shape[-1] != query.shape[-1]:
         return f"values have dimension {value.shape[-1]}, keys {query.shape[-1]}"
     if query.shape[-2] > _MAX_NODES:
         return f"a tree has {query.shape[-2]} nodes, it takes {_MAX_NODES}"
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         return "the last dimension of the query, keys or values is not contiguous"
+    if device_type == "cuda" and not all(map(is_aligned, (query, key, value))):
+        return "the query, keys or values are not aligned to 16 bytes, their strides included"
     return None
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether every vector of the last dimension starts at a multiple of 16 bytes, as GPU kernels load them.
+
+    torch's allocators align a storage itself to more than that.
+    """
+    steps = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()) if size > 1]
+    return all(step * tensor.element_size() % 16 == 0 for step in [tensor.storage_offset(), *steps])
 
 
 @cache

@@ -230,12 +230,16 @@ def _environment() -> dict[str, Any]:
 
 
 def _native_operators() -> str:
-    """Whether the C++ extension was built; PyTorch does the work otherwise."""
-    try:
-        from specdec.linear import HAVE_OP
-    except ImportError:
-        return "no: PyTorch's are used"
-    return "yes" if HAVE_OP else "no: PyTorch's are used"
+    """What of specdec._C runs here, or why PyTorch does its work."""
+    from specdec.attention import compiled_op
+    from specdec.linear import HAVE_OP, instruction_set
+
+    if not HAVE_OP:
+        if os.environ.get("SPECDEC_NO_EXT") == "1":
+            return "no, SPECDEC_NO_EXT=1 is set: PyTorch does their work"
+        return "no, specdec._C is not built: PyTorch does their work; pip install --no-build-isolation . builds it"
+    cuda = "with" if compiled_op("cuda") else "without"
+    return f"linear and tree_attention on the CPU ({instruction_set()}); {cuda} tree_attention on CUDA (SPECDEC_CUDA=1)"
 
 
 def _version(package: str) -> str:

@@ -28,6 +28,7 @@ from specdec.kv_cache import KVCache
 from specdec.learning import top_k
 from specdec.methods import make_builder
 from specdec.pacing import Pacer
+from specdec.prefix_backend import FlashAttention
 from specdec.randomness import Randomness, draw_seed
 from specdec.sampling import Law, build_processor
 from specdec.sequence import SamplingParams, Sequence
@@ -94,10 +95,11 @@ class Engine:
         budget: most nodes of a draft tree, root included (a hard cap), or "auto": chosen from the measured cost model.
         max_rows: sequences decoded at once; further prompts wait for a free row.
         state: file of a state saved by save_state, to start warm.
+        prefix_backend: "op", or on CUDA "flash_attn": flash-attn attends to the committed tokens and specdec's op to the trees.
 
     Raises:
         UnsupportedModelError: the model cannot be accelerated without risking its output.
-        ValueError: unknown method, budget < 1, max_rows < 1.
+        ValueError: unknown method, budget < 1, max_rows < 1, a prefix_backend that cannot run here.
     """
 
     def __init__(
@@ -109,13 +111,14 @@ class Engine:
         budget: int | str = "auto",
         max_rows: int = 8,
         state: str | Path | None = None,
+        prefix_backend: str | FlashAttention = "op",
     ) -> None:
         if budget != "auto" and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
             raise ValueError(f'budget must be "auto" or an int >= 1 (nodes a tree, root included), got {budget!r}')
         if not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1:
             raise ValueError(f"max_rows must be an int >= 1, got {max_rows!r}")
         self._model = model  # kept alive for as long as the engine; the target only refers to it
-        self.target = TargetModel(model)
+        self.target = TargetModel(model, prefix_backend=prefix_backend)
         self.tokenizer = _checked_tokenizer(tokenizer, self.target.vocab_size)
         self.budget, self.max_rows = budget, max_rows
         self.method = method if isinstance(method, str) else type(method).__name__

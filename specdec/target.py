@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
-from specdec.attention import TreeBatch, attend, compiled_op
+from specdec.attention import TreeBatch, compiled_op
 from specdec.draft_tree import DraftTree
 from specdec.kv_cache import KVCache, LayerShape
 from specdec.linear import FastLinear, instruction_set
+from specdec.prefix_backend import FlashAttention, attention_function
 
 __all__ = ["TargetModel", "UnsupportedModelError"]
 
@@ -102,12 +103,14 @@ class TargetModel:
     Args:
         model: any decoder-only `PreTrainedModel` (also wrapped by PEFT).
         fast_linear: let specdec's CPU kernel compute skinny matrix products where it is faster (see specdec.linear).
+        prefix_backend: "op", or what computes the committed part of tree attention in its place (see specdec.prefix_backend).
 
     Raises:
         UnsupportedModelError: the model's kind cannot be verified with trees, or the self-check found a difference.
+        ValueError: prefix_backend does not exist, is not installed or does not take this model's device or dtype.
     """
 
-    def __init__(self, model: Any, fast_linear: bool = True) -> None:
+    def __init__(self, model: Any, fast_linear: bool = True, prefix_backend: str | FlashAttention = "op") -> None:
         if not callable(getattr(model, "forward", None)) or not hasattr(model, "config"):
             raise UnsupportedModelError(
                 type(model).__name__, "model must be a transformers causal language model", "load it with AutoModelForCausalLM"
@@ -131,6 +134,8 @@ class TargetModel:
             }.values()
         )
         self._linear = FastLinear(model) if fast_linear else None
+        self._attend = attention_function(prefix_backend, self.device, self.dtype)
+        self._prefix_backend = getattr(prefix_backend, "__qualname__", prefix_backend)
         self._keeps_logits = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
         self._batch: TreeBatch | None = None  # what the forward under way attends to
         self._calls: list[int] = []  # sliding window of each attention call of the last forward
@@ -149,7 +154,9 @@ class TargetModel:
 
     def info(self) -> dict[str, Any]:
         """Which code runs the attention and the matrix products."""
-        op = "torch.ops.specdec.tree_attention" if compiled_op() else "PyTorch reference"
+        op = "torch.ops.specdec.tree_attention" if compiled_op(self.device.type) else "PyTorch reference"
+        if self._prefix_backend != "op":
+            op += f", the prefix by {self._prefix_backend},"
         return {
             "attention": f"{op} through transformers' attention interface"
             if self._use_interface
@@ -181,7 +188,7 @@ class TargetModel:
         window = int(sliding_window or 0)
         self._calls.append(window)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attend(self._batch, query, key, value, float(scale), float(softcap or 0.0), window), None
+        return self._attend(self._batch, query, key, value, float(scale), float(softcap or 0.0), window), None
 
     @contextmanager
     def _installed(self, batch: TreeBatch) -> Iterator[None]:

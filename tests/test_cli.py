@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec import cli
+from specdec.linear import HAVE_OP
 
 runner = CliRunner()
 
@@ -79,6 +80,7 @@ def test_info(tiny_folder):
     assert quick.exit_code == 0, quick.output
     for fact in ("specdec", "transformers", "device", "threads", "numba", "native operators", "cache"):
         assert fact in quick.stdout
+    assert ("tree_attention on the CPU (" in " ".join(quick.stdout.split())) == HAVE_OP
     measured = run("info", "--model", tiny_folder)
     assert measured.exit_code == 0, measured.output
     assert "method" in measured.stdout and "float32" in measured.stdout
