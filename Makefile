@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format verify bench clean
+.PHONY: help setup demo test lint format verify bench bench-micro clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -53,6 +53,11 @@ verify: $(STAMP)
 ## make bench    speed and tokens a step on the report prompts (ARGS="--methods none,auto --limit 9 --out results/run.jsonl")
 bench: $(STAMP)
 	$(PY) -m bench.run $(ARGS)
+
+## make bench-micro   micro-benchmarks; saves the run in .benchmarks and compares it with the last (ARGS="-k 'SmolLM2 and P256-'")
+bench-micro: $(STAMP)
+	$(PY) -m pytest -c bench/micro/pytest.ini bench/micro --benchmark-autosave \
+		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

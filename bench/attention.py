@@ -74,7 +74,14 @@ def measure_bounds() -> Bounds:
     return Bounds(block.numel() * 4 / times["read"], 2 * 1536**3 / times["matmul"])
 
 
-def bench_case(model: str, dtype: torch.dtype, prefix: int, nodes: int, repeats: int, bounds: Bounds) -> Result:
+def products(model: str, prefix: int, nodes: int) -> int:
+    """Multiplications of one call: every query with every key, every weight with every value."""
+    heads, _, dim = SHAPES[model]
+    return 2 * heads * nodes * (prefix + nodes) * dim
+
+
+def make_contenders(model: str, dtype: torch.dtype, prefix: int, nodes: int) -> dict[str, Callable[[], object]]:
+    """Calls of CONTENDERS on the same random tensors, a batch of one; the reference only up to REFERENCE_WORK products."""
     heads, kv_heads, dim = SHAPES[model]
     slots, scale = prefix + nodes, dim**-0.5
     query = torch.randn(1, nodes, heads, dim).to(dtype).transpose(1, 2)
@@ -93,12 +100,16 @@ def bench_case(model: str, dtype: torch.dtype, prefix: int, nodes: int, repeats:
         "expanded": expanded,
         "grouped": lambda: sdpa(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True),
     }
-    products = 2 * heads * nodes * slots * dim
-    if products <= REFERENCE_WORK:
+    if products(model, prefix, nodes) <= REFERENCE_WORK:
         contenders["reference"] = lambda: tree_attention_reference(query, key, value, *packed, scale)
-    times = medians(contenders, repeats, warm_up=1)
-    reading = 2 * kv_heads * slots * dim * dtype.itemsize / bounds.bytes_per_second
-    multiplying = 2 * products / bounds.flops_per_second
+    return contenders
+
+
+def bench_case(model: str, dtype: torch.dtype, prefix: int, nodes: int, repeats: int, bounds: Bounds) -> Result:
+    _, kv_heads, dim = SHAPES[model]
+    times = medians(make_contenders(model, dtype, prefix, nodes), repeats, warm_up=1)
+    reading = 2 * kv_heads * (prefix + nodes) * dim * dtype.itemsize / bounds.bytes_per_second
+    multiplying = 2 * products(model, prefix, nodes) / bounds.flops_per_second
     return Result(
         model,
         str(dtype).removeprefix("torch."),
