@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bench.timing import medians
 from specdec import attention
+from specdec.kv_cache import KVCache
 from specdec.models import load
 from specdec.pacing import two_chains
 from specdec.target import TargetModel
@@ -38,7 +39,7 @@ class Stopwatch:
     """Adds up the seconds inside the functions that it wraps, for each lap."""
 
     def __init__(self) -> None:
-        self.laps: list[float] = []
+        self.laps: list[float] = [0.0]  # the first is of calls outside of any
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -57,30 +58,38 @@ class Stopwatch:
         return measured
 
 
-def specdec_forward(target: TargetModel, watch: Stopwatch, context: int, nodes: int, with_op: bool) -> Callable[[], object]:
-    """A tree forward of the target; its attention is timed by `watch`."""
+def filled_cache(target: TargetModel, context: int, nodes: int) -> KVCache:
+    """`context` slots of noise, and room for a tree."""
     cache = target.new_cache(1, context + nodes)
     for buffer in cache.buffers():
         buffer.normal_()
     cache.lengths = [context]
+    return cache
+
+
+def specdec_forward(
+    target: TargetModel, watch: Stopwatch, cache: KVCache, nodes: int, with_op: bool
+) -> Callable[[], torch.Tensor]:
+    """A tree forward of the target, logits [nodes, V]; its attention is timed by `watch`."""
     tree, attend = two_chains(nodes, target.vocab_size), target._attention
 
     def forward() -> torch.Tensor:
         op = attention._op if with_op else None
         with patch.object(attention, "_op", op), patch.object(target, "_attention", watch.wrap(attend)):
-            return target.forward(cache, [tree])
+            return target.forward(cache, [tree])[0]
 
     return forward
 
 
-def transformers_forward(target: TargetModel, watch: Stopwatch, context: int, nodes: int) -> Callable[[], object]:
-    """The same tree through the model's own scaled_dot_product_attention and DynamicCache."""
-    model, tree = target.model, two_chains(nodes, target.vocab_size)
+def transformers_forward(target: TargetModel, watch: Stopwatch, cache: KVCache, nodes: int) -> Callable[[], torch.Tensor]:
+    """The same tree through the model's own scaled_dot_product_attention and a DynamicCache of the same contents."""
+    model, tree, context = target.model, two_chains(nodes, target.vocab_size), cache.lengths[0]
     AttentionInterface.register(TIMED_SDPA, watch.wrap(sdpa_attention_forward))
-    cache = DynamicCache(config=model.config)
+    dynamic = DynamicCache(config=model.config)
+    cache.begin(0, [0])
     for layer, shape in enumerate(target._layers):
-        keys = torch.randn(1, shape.key_heads, context, shape.key_dim).to(shape.dtype)
-        cache.update(keys, torch.randn_like(keys), layer)
+        nothing = (torch.empty(1, shape.key_heads, 0, shape.key_dim), torch.empty(1, shape.value_heads, 0, shape.value_dim))
+        dynamic.update(*(view.clone() for view in cache.write(layer, *nothing)), layer)
     ids, positions = torch.from_numpy(tree.tokens).long()[None], context + torch.from_numpy(tree.depths).long()[None]
     mask = torch.from_numpy(attention.TreeBatch([context], [tree], [nodes], model.device).visible(0, 0))[None, None]
 
@@ -89,25 +98,32 @@ def transformers_forward(target: TargetModel, watch: Stopwatch, context: int, no
         model.config._attn_implementation = TIMED_SDPA
         try:
             with torch.inference_mode(), target._linear.active():
-                logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+                logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=dynamic).logits
         finally:
             model.config._attn_implementation = before
-        cache.crop(-nodes)
-        return logits
+        dynamic.crop(-nodes)
+        return logits[0]
 
     return forward
 
 
+def make_forwards(target: TargetModel, context: int, nodes: int) -> dict[str, tuple[Callable[[], torch.Tensor], Stopwatch]]:
+    """Way -> a call that gives logits [nodes, V], and what times its attention."""
+    cache, watches = filled_cache(target, context, nodes), {name: Stopwatch() for name in ("op", "torch", "transformers")}
+    return {
+        "op": (specdec_forward(target, watches["op"], cache, nodes, True), watches["op"]),
+        "torch": (specdec_forward(target, watches["torch"], cache, nodes, False), watches["torch"]),
+        "transformers": (transformers_forward(target, watches["transformers"], cache, nodes), watches["transformers"]),
+    }
+
+
 def measure(target: TargetModel, context: int, nodes: int, repeats: int) -> dict[str, dict[str, float]]:
     """Way -> median milliseconds of a step and of its attention."""
-    watches = {name: Stopwatch() for name in ("op", "torch", "transformers")}
-    forwards = {
-        "op": specdec_forward(target, watches["op"], context, nodes, True),
-        "torch": specdec_forward(target, watches["torch"], context, nodes, False),
-        "transformers": transformers_forward(target, watches["transformers"], context, nodes),
+    ways = make_forwards(target, context, nodes)
+    steps = medians({name: watch.lap(forward) for name, (forward, watch) in ways.items()}, repeats, warm_up=1)
+    return {
+        name: {"step_ms": 1e3 * steps[name], "attention_ms": 1e3 * median(watch.laps[2:])} for name, (_, watch) in ways.items()
     }
-    steps = medians({name: watches[name].lap(forward) for name, forward in forwards.items()}, repeats, warm_up=1)
-    return {name: {"step_ms": 1e3 * steps[name], "attention_ms": 1e3 * median(watch.laps[1:])} for name, watch in watches.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

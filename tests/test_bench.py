@@ -14,9 +14,12 @@ from typer.testing import CliRunner
 import specdec
 from bench import metrics, report
 from bench.metrics import Row
+from bench.model_attention import make_forwards, measure
 from bench.run import Log, pending, run_all
 from bench.runners import PEERS, EngineRunner, PeerRunner, make_runners
 from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks, random_tasks
+from specdec.attention import compiled_op
+from specdec.target import TargetModel
 
 MIX = {
     "templates": {"spec-bench": "{turns[0]}", "code-edit": "Fix:\n{declaration}{buggy_solution}", "gsm8k": "{question}"},
@@ -251,3 +254,14 @@ def test_command_line(tiny_folder, tmp_path):
     assert json.loads(again.stdout.splitlines()[-1]) == last, "all rows were there: nothing ran again"
     wrong = CliRunner().invoke(app, ["--mode", "tepid", "--model", tiny_folder])
     assert wrong.exit_code == 2 and "mode must be cold or warm" in wrong.stderr
+
+
+@pytest.mark.skipif(compiled_op() is None, reason="specdec._C is not built")
+def test_ways_of_attention_compute_the_same(tiny_llama):
+    """What bench.model_attention compares is one function, and its attention is part of its step."""
+    target = TargetModel(tiny_llama)
+    logits = {way: forward() for way, (forward, _) in make_forwards(target, 40, 9).items()}
+    for way in ("torch", "transformers"):
+        torch.testing.assert_close(logits[way], logits["op"], rtol=1e-4, atol=1e-4)
+    for ms in measure(target, 40, 9, repeats=2).values():
+        assert 0 < ms["attention_ms"] < ms["step_ms"]
