@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from specdec.sequence import SamplingParams, Sequence
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
 
-__all__ = ["Law", "build_processor"]
+__all__ = ["Law", "build_processor", "build_warpers"]
 
 
 def build_processor(
@@ -50,16 +50,26 @@ def build_processor(
     if params.min_new_tokens > 0 and stops:
         skip = pad_length + prompt_length
         processors.append(hf.MinNewTokensLengthLogitsProcessor(skip, params.min_new_tokens, stops, device=str(device)))
-    if params.temperature > 0:
-        if params.temperature != 1:
-            processors.append(hf.TemperatureLogitsWarper(float(params.temperature)))
-        if params.top_k > 0:
-            processors.append(hf.TopKLogitsWarper(params.top_k))
-        if params.top_p < 1:
-            processors.append(hf.TopPLogitsWarper(params.top_p))
-        if params.min_p > 0:
-            processors.append(hf.MinPLogitsWarper(params.min_p))
+    processors.extend(build_warpers(params))
     return processors or None
+
+
+def build_warpers(params: SamplingParams) -> list[Any]:
+    """Temperature and truncation, the processors that look at the scores alone; none at temperature 0."""
+    from transformers.generation import logits_process as hf
+
+    if params.temperature == 0:
+        return []
+    warpers: list[Any] = []
+    if params.temperature != 1:
+        warpers.append(hf.TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k > 0:
+        warpers.append(hf.TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(hf.TopPLogitsWarper(params.top_p))
+    if params.min_p > 0:
+        warpers.append(hf.MinPLogitsWarper(params.min_p))
+    return warpers
 
 
 class Law:
@@ -126,6 +136,22 @@ class Law:
         if not math.isfinite(score) and not (self._greedy and score == math.inf):
             self._refuse(node, score)
         return token
+
+    def probs(self, node: int) -> np.ndarray:
+        """[V] float64: the law itself; one-hot at temperature 0.
+
+        Raises:
+            FloatingPointError, ValueError: as draw().
+        """
+        scores = self.scores(node)
+        if self._greedy:
+            law = np.zeros(len(scores))
+            law[self.draw(node)] = 1.0
+            return law
+        best = float(scores.max())
+        if not math.isfinite(best):
+            self._refuse(node, best)
+        return torch.softmax(scores.double(), -1).cpu().numpy()
 
     def ends(self, token: int) -> bool:
         """The text ends with `token`: no node behind it is visited, where a grammar would have nothing left to allow."""
