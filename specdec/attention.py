@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -60,6 +60,7 @@ class TreeBatch:
     trees: list[DraftTree] | None  # [B]; None: the new nodes are one causal chain a row (prefill)
     counts: list[int]  # [B] n of each row
     device: torch.device
+    known: list[int] | None = None  # [B] the first nodes of each row, which an earlier forward computed: no queries of theirs
     _bias: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor | None] = field(default_factory=dict)
     _packed: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
@@ -101,6 +102,26 @@ class TreeBatch:
             arrays = self._packed_arrays()
             self._packed[device] = tuple(map(torch.from_numpy, arrays)) if device.type == "cpu" else _copied(arrays, device)
         return self._packed[device]
+
+    def all_nodes(self) -> TreeBatch:
+        """The same without known nodes."""
+        return replace(self, known=None)
+
+    def spread(self, new: torch.Tensor) -> torch.Tensor:
+        """[B, H, M, D] of the new nodes -> [B, H, N, D] of all: zeros for known ones, whose results `collect` drops."""
+        assert self.known is not None
+        spread = new.new_zeros((*new.shape[:2], max(self.counts), new.shape[-1]))
+        for row, (known, count) in enumerate(zip(self.known, self.counts)):
+            spread[row, :, known:count] = new[row, :, : count - known]
+        return spread
+
+    def collect(self, output: torch.Tensor, most: int) -> torch.Tensor:
+        """Inverse of spread() for the output: [B, N, H, D] -> [B, most, H, D], zeros past a row's new nodes."""
+        assert self.known is not None
+        new = output.new_zeros((output.shape[0], most, *output.shape[2:]))
+        for row, (known, count) in enumerate(zip(self.known, self.counts)):
+            new[row, : count - known] = output[row, known:count]
+        return new
 
     def _packed_arrays(self) -> tuple[np.ndarray, ...]:
         assert self.trees is not None, "a causal chunk has no packed mask"

@@ -37,6 +37,7 @@ class Kind(IntEnum):
     DETERMINISTIC = 0
     WITHOUT_REPLACEMENT = 1
     IID = 2
+    SHARED_NOISE = 3  # chosen with the noise by which `match` draws the target's token; for `match` alone
 
 
 class Source(IntEnum):

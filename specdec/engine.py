@@ -35,12 +35,15 @@ from specdec.sequence import SamplingParams, Sequence
 from specdec.target import TargetModel
 from specdec.text import Detokenizer, cut_at_stop, stop_string_check
 from specdec.trees.base import TreeBuilder
-from specdec.verify.match import match
+from specdec.verify.rules import RULES, UNVISITED
 
 __all__ = ["Engine", "Result"]
 
 Prompt = "str | list[int] | list[dict[str, str]] | torch.Tensor"
 logger = logging.getLogger("specdec")
+_STATEFUL = (
+    "PrefixConstrainedLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+)  # fmt: skip
 WARM_UP_TOKENS = 3000
 PHASES = ("prefill", "draft", "forward", "accept", "commit", "learn")
 
@@ -124,6 +127,8 @@ class Engine:
         self.method = method if isinstance(method, str) else type(method).__name__
         self.pacer = Pacer(self.target, budget)
         self.builder = make_builder(method, self.target.vocab_size, self.pacer.cost_model)
+        self.rule: str = getattr(self.builder, "rule", "match")
+        self._accept_rule = RULES[self.rule]
         warm_up(self.builder, self.target.vocab_size, self.target.dtype)
         self.cache: KVCache = self.target.new_cache(1, 256)
         self.rows: list[Sequence] = []  # live sequences; sequence i owns cache row i
@@ -192,6 +197,8 @@ class Engine:
     def new_sequence(self, token_ids: list[int], params: SamplingParams, randomness: Randomness, **fields: Any) -> Sequence:
         """A validated Sequence with a fresh id. `fields` as in Sequence (pad_ids, processor, stop_check, eos_token_ids, record)."""
         self._check_prompt(token_ids, params)
+        if self.rule in UNVISITED:
+            _refuse_state(self.rule, fields.get("processor"))
         self._next_id += 1
         return Sequence(self._next_id, token_ids, params, randomness, **fields)
 
@@ -265,7 +272,7 @@ class Engine:
             with _timed(stats, "accept"):
                 keep = seq.record is not None and seq.record.keeps_scores
                 law = Law(logits, tree, seq, keep, None if top is None else top.argmax)
-                verdict = match(tree, law, seq.randomness)
+                verdict = self._accept_rule(tree, law, seq.randomness)
                 emitted = [int(tree.tokens[node]) for node in verdict.nodes[1:]] + [verdict.next_token]
                 if seq.record is not None:
                     seq.record.judged(law, verdict)
@@ -529,10 +536,21 @@ def _raise_errors(sequences: list[Sequence]) -> None:
             raise seq.error
 
 
+def _refuse_state(rule: str, processors: Any) -> None:
+    """A rule that looks at nodes which it may reject must not change what a processor remembers; transformers' own keep nothing."""
+    for processor in processors or ():
+        kind = type(processor)
+        if kind.__module__ != "transformers.generation.logits_process" or kind.__name__ in _STATEFUL:
+            raise ValueError(
+                f"logits_processor has a {kind.__name__}, which may keep a state, and the acceptance rule {rule!r} asks for the laws of "
+                'nodes that it may reject; fix: a method whose rule is "match" or "recursive_rejection"'
+            )
+
+
 def warm_up(builder: Any, vocab_size: int, dtype: torch.dtype) -> None:
     """Drive a builder through made-up requests, so that the numba kernels are compiled (or read from the cache) here and not in a
     step of a user's text; what it learned from them is forgotten."""
-    if not HAVE_NUMBA or not isinstance(builder, TreeBuilder):
+    if not HAVE_NUMBA or not isinstance(builder, TreeBuilder) or not getattr(builder, "compiles", True):
         return
     started = time.perf_counter()
     for request in range(2):  # the second finds the text of the first
@@ -544,7 +562,7 @@ def warm_up(builder: Any, vocab_size: int, dtype: torch.dtype) -> None:
 
 def _made_up_request(builder: TreeBuilder, vocab_size: int, dtype: torch.dtype, request: int) -> None:
     prompt = [(i * i + i // 5) % vocab_size for i in range(WARM_UP_TOKENS)]  # long enough that what grows has grown once
-    seq = Sequence(-1 - request, prompt, SamplingParams(max_new_tokens=8), Randomness(0, 0))
+    seq = Sequence(-1 - request, prompt, SamplingParams(max_new_tokens=8), Randomness(0, 0), row=0)
     seq.randomness.gumbel(0, vocab_size)
     k = builder.top_k
     builder.start(seq)

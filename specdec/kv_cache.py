@@ -80,6 +80,7 @@ class KVCache(Cache):
         self.first_row = 0  # rows first_row .. first_row+len(starts)-1 take part in the forward under way
         self.starts: list[int] = []
         self.counts: list[int] = []
+        self.known: list[int] = []  # of counts, from the first node on: written by an earlier forward over the same tree
         self._groups: dict[tuple[int, int, torch.dtype, torch.device], int] = {}  # shape -> buffers in the group
         self._slots: list[tuple[tuple, int, tuple, int]] = []  # a layer's (key group, index, value group, index)
         for shape in self._shapes:
@@ -113,7 +114,8 @@ class KVCache(Cache):
         if rows <= self.rows and capacity <= self.capacity:
             return
         old = self._buffers
-        used = max(self.lengths)
+        nodes = [start + known for start, known in zip(self.starts, self.known)]  # of the forward under way
+        used = min(max([*self.lengths, *nodes]), self.capacity)
         while self.rows < rows:
             self.lengths += [0] * self.rows
             self.rows *= 2
@@ -126,24 +128,28 @@ class KVCache(Cache):
             fresh[:, : kept.shape[1], :, :used] = kept[:, :, :, :used]
             self._buffers[group] = fresh
 
-    def begin(self, first_row: int, counts: Seq[int]) -> None:
-        """Announce a forward over consecutive rows: row first_row + i brings counts[i] nodes."""
+    def begin(self, first_row: int, counts: Seq[int], known: Seq[int] | None = None) -> None:
+        """Announce a forward over consecutive rows: row first_row + i has counts[i] nodes, known[i] of them written already."""
         self.reserve(first_row + len(counts), 1)
         self.first_row = first_row
         self.starts = self.lengths[first_row : first_row + len(counts)]
         self.counts = list(counts)
+        self.known = [0] * len(counts) if known is None else list(known)
         self.reserve(first_row + len(counts), self.window_end)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store [B, H, N, D] at each row's own offset; returns views [B, H, T, D] of the rows (slots past P + n are stale)."""
+        """Store the new nodes, [B, H, N, D], at each row's own offset; returns views [B, H, T, D] of the rows.
+
+        Slots past P + n are stale.
+        """
         key_group, key_index, value_group, value_index = self._slots[layer]
         last = self.first_row + len(self.starts)
         key_rows = self._buffers[key_group][key_index, self.first_row : last]
         value_rows = self._buffers[value_group][value_index, self.first_row : last]
         end = self.window_end
-        for row, (start, count) in enumerate(zip(self.starts, self.counts)):
-            key_rows[row, :, start : start + count] = keys[row, :, :count]
-            value_rows[row, :, start : start + count] = values[row, :, :count]
+        for row, (start, count, known) in enumerate(zip(self.starts, self.counts, self.known)):
+            key_rows[row, :, start + known : start + count] = keys[row, :, : count - known]
+            value_rows[row, :, start + known : start + count] = values[row, :, : count - known]
             if self._zero_stale and start + count < end:
                 key_rows[row, :, start + count : end] = 0
                 value_rows[row, :, start + count : end] = 0

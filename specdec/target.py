@@ -188,7 +188,11 @@ class TargetModel:
         window = int(sliding_window or 0)
         self._calls.append(window)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return self._attend(self._batch, query, key, value, float(scale), float(softcap or 0.0), window), None
+        options = (float(scale), float(softcap or 0.0), window)
+        if self._batch.known is None:
+            return self._attend(self._batch, query, key, value, *options), None
+        output = self._attend(self._batch.all_nodes(), self._batch.spread(query), key, value, *options)
+        return self._batch.collect(output, query.shape[2]), None
 
     @contextmanager
     def _installed(self, batch: TreeBatch) -> Iterator[None]:
@@ -217,11 +221,13 @@ class TargetModel:
         """The 4-D mask for models outside the attention interface."""
         if self._use_interface:
             return None
-        most, end = max(batch.counts), max(p + n for p, n in zip(batch.prefix_lengths, batch.counts))
+        known = batch.known or [0] * len(batch.counts)
+        most = max(count - old for count, old in zip(batch.counts, known))
+        end = max(p + n for p, n in zip(batch.prefix_lengths, batch.counts))
         visible = torch.zeros((len(batch.counts), 1, most, end), dtype=torch.bool)
         visible[..., 0] = True  # padding queries see one slot, so that no softmax is empty
-        for row, (prefix, count) in enumerate(zip(batch.prefix_lengths, batch.counts)):
-            visible[row, 0, :count, : prefix + count] = torch.from_numpy(batch.visible(row, 0))
+        for row, (prefix, count, old) in enumerate(zip(batch.prefix_lengths, batch.counts, known)):
+            visible[row, 0, : count - old, : prefix + count] = torch.from_numpy(batch.visible(row, 0)[old:])
         if self._configs[0]._attn_implementation_internal == "sdpa":
             return visible.to(batch.device)
         dtype = next(self.model.parameters()).dtype
@@ -259,21 +265,27 @@ class TargetModel:
             )
         return output.logits[:, -keep:] if keep else output.logits
 
-    def forward(self, cache: KVCache, trees: Seq[DraftTree], first_row: int = 0) -> torch.Tensor:
+    def forward(self, cache: KVCache, trees: Seq[DraftTree], first_row: int = 0, known: Seq[int] | None = None) -> torch.Tensor:
         """Verify one tree a row (consecutive cache rows) in one forward; K/V go to slots P..P+N-1, uncommitted.
 
+        Args:
+            known: the first nodes of each tree that were in a forward of this call's cache before, with nothing committed since:
+                only the others are computed (a drafter grows its tree level by level).
+
         Returns:
-            logits [B, N, V] in the model's dtype, N = the largest tree; rows past a tree's end are meaningless.
+            logits [B, M, V] in the model's dtype of the nodes that were computed, M = the most of a row; rows past a tree's end
+            are meaningless.
         """
-        most = max(len(tree) for tree in trees)
         counts = [len(tree) for tree in trees]
-        cache.begin(first_row, counts)
+        old = [0] * len(counts) if known is None else list(known)
+        most = max(count - first for count, first in zip(counts, old))
+        cache.begin(first_row, counts, old)
         tokens = np.zeros((len(trees), most), np.int64)
         positions = np.zeros((len(trees), most), np.int64)
-        for row, tree in enumerate(trees):
-            tokens[row, : len(tree)] = tree.tokens
-            positions[row, : len(tree)] = cache.starts[row] + tree.depths
-        batch = TreeBatch(cache.starts, list(trees), counts, self.device)
+        for row, (tree, first) in enumerate(zip(trees, old)):
+            tokens[row, : len(tree) - first] = tree.tokens[first:]
+            positions[row, : len(tree) - first] = cache.starts[row] + tree.depths[first:]
+        batch = TreeBatch(cache.starts, list(trees), counts, self.device, old if any(old) else None)
         return self._run(cache, batch, torch.from_numpy(tokens), torch.from_numpy(positions), 0)
 
     def prefill(

@@ -3,6 +3,9 @@
 Life cycle of one request: start -> observe_prompt (once a prefill chunk) -> (build -> update)* -> finish. A builder owns its
 sources and forwards these calls to them; per-request state is keyed by `seq.id` and freed in `finish`; what was learned across
 requests lives until `reset`.
+
+Two more attributes a builder may have: `rule`, the acceptance rule of its trees ("match" without it, see specdec.verify.rules), and
+`compiles = False`, if it runs no numba kernels that the engine should have compiled before the first request.
 """
 
 from __future__ import annotations

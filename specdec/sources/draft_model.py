@@ -1,0 +1,157 @@
+"""DraftModel: a small language model whose laws draft, with a KV cache that keeps step with the committed text of every request.
+
+A tree grows level by level, one forward a level over the new nodes alone: the earlier ones are in the cache, as nodes that tree
+attention reaches by ancestry. Worked example, two tokens of the text not seen yet, two nodes expanded a level::
+
+    grow(seqs)              forward: (sat) (on) the     text first, the root last -> law after "the"
+    extend([[cat, dog]])    forward: cat dog            law after "the cat" and after "the dog"
+    ...                     the verified path is committed, the rest forgotten: keep(seq, path)
+
+The law of a node is what its children are drawn from: after the request's temperature and truncation, over the target's
+vocabulary. Penalties and other processors that look at the text are left to the target: they cost acceptance, never the law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import torch
+
+from specdec.draft_tree import NO_PARENT, DraftTree
+from specdec.sampling import build_warpers
+from specdec.sequence import SamplingParams, Sequence
+from specdec.target import TargetModel
+
+__all__ = ["DraftModel", "Growth", "check_tokenizers", "log_law"]
+
+CATCH_UP = 8  # tokens of the text that are read together with the root; more are prefilled
+
+
+def check_tokenizers(draft: Any, target: Any) -> None:
+    """Both must give every id that both have the same token.
+
+    Raises:
+        ValueError: they do not; the message names the first difference.
+    """
+    ours, theirs = ({index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in (draft, target))
+    for index in sorted(ours.keys() & theirs.keys()):
+        if ours[index] != theirs[index]:
+            raise ValueError(
+                f"the drafter's tokenizer has {ours[index]!r} as token {index}, the target's {theirs[index]!r}: drafts would be "
+                "other words. Fix: a drafter of the target's family"
+            )
+
+
+class Growth:
+    """The tree that a drafter has read for one request: nodes in the order of their forwards, the root first."""
+
+    def __init__(self, root: int) -> None:
+        self.tokens = [root]
+        self.parents = [NO_PARENT]
+
+    def add(self, parent: int, token: int) -> int:
+        """A node to be read by the next forward; returns its number."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        return len(self.tokens) - 1
+
+    def tree(self) -> DraftTree:
+        return DraftTree(np.array(self.tokens, np.int64), np.array(self.parents, np.int32))
+
+
+class DraftModel:
+    """Laws of the next token by a small model.
+
+    Args:
+        model: any model that TargetModel takes, of the target's tokenizer.
+        vocab_size: the target's; what the drafter knows beyond is cut off, what it lacks it never drafts.
+
+    Raises:
+        UnsupportedModelError: as TargetModel.
+    """
+
+    def __init__(self, model: Any, vocab_size: int) -> None:
+        self._model = model  # kept alive: the TargetModel only refers to it
+        self.reader = TargetModel(model)
+        self.vocab_size = vocab_size
+        self.cache = self.reader.new_cache(1, 256)
+        self._owners: list[int] = []  # id of the request whose text is in each row of the cache
+
+    # ---- requests -------------------------------------------------------------------------------------------------------
+
+    def start(self, seq: Sequence) -> None:
+        """A request begins in row `seq.row`; its prompt is read with the first draft."""
+        self._claim(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Free the row; the last one moves into it, as in the engine's own cache."""
+        if seq.id not in self._owners:
+            return
+        row, last = self._owners.index(seq.id), len(self._owners) - 1
+        if row != last:
+            self.cache.fork(last, row)
+            self._owners[row] = self._owners[last]
+        self._owners.pop()
+        self.cache.release(last)
+
+    def _claim(self, seq: Sequence) -> None:
+        """Row `seq.row` holds a prefix of the request's text, if only an empty one."""
+        while len(self._owners) <= seq.row:
+            self._owners.append(-1)
+            self.cache.reserve(len(self._owners), 1)
+            self.cache.lengths[len(self._owners) - 1] = 0
+        if self._owners[seq.row] != seq.id:
+            self._owners[seq.row] = seq.id
+            self.cache.lengths[seq.row] = 0
+
+    def depth_limit(self, seq: Sequence) -> int:
+        """Deepest node that the drafter's context has room for, below 0 where the text itself has none."""
+        longest = self.reader.max_positions
+        return len(seq.token_ids) if longest is None else longest - len(seq.token_ids)
+
+    # ---- drafting -------------------------------------------------------------------------------------------------------
+
+    def grow(self, seqs: Seq[Sequence]) -> tuple[list[Growth], list[torch.Tensor]]:
+        """Read the texts up to their roots: a Growth and the root's logits [1, V] for each, consecutive rows."""
+        chains = []
+        for seq in seqs:
+            self._claim(seq)
+            fresh = [self._readable(token) for token in seq.token_ids[self.cache.lengths[seq.row] :]]
+            if len(fresh) > CATCH_UP:
+                self.reader.prefill(self.cache, seq.row, fresh[:-1])
+                fresh = fresh[-1:]
+            chains.append(DraftTree.chain(fresh))
+        logits = self.reader.forward(self.cache, chains, first_row=seqs[0].row)
+        for seq, chain in zip(seqs, chains):
+            self.cache.commit(seq.row, range(len(chain) - 1))  # all but the root, which stays the first uncommitted node
+        last = [self._common(logits[row, len(chain) - 1 : len(chain)]) for row, chain in enumerate(chains)]
+        return [Growth(self._readable(seq.token_ids[-1])) for seq in seqs], last
+
+    def extend(self, seqs: Seq[Sequence], growths: Seq[Growth], known: Seq[int]) -> list[torch.Tensor]:
+        """Read the nodes from known[i] on of each growth: their logits, [M_i, V] each."""
+        logits = self.reader.forward(self.cache, [growth.tree() for growth in growths], first_row=seqs[0].row, known=known)
+        return [self._common(rows[: len(growth.tokens) - old]) for rows, growth, old in zip(logits, growths, known)]
+
+    def keep(self, seq: Sequence, nodes: Seq[int]) -> None:
+        """Commit the accepted nodes of a request's growth, the root among them; called when they are in `seq.token_ids`."""
+        if self._owners[seq.row] == seq.id:
+            self.cache.commit(seq.row, nodes)
+
+    def _readable(self, token: int) -> int:
+        """The token, or another in place of one that the drafter lacks: its drafts are worse after that, and no less checked."""
+        return token if token < self.reader.vocab_size else 0
+
+    def _common(self, logits: torch.Tensor) -> torch.Tensor:
+        """[M, V] over the target's vocabulary: -inf where the drafter has no token."""
+        logits = logits[:, : self.vocab_size].float()
+        missing = self.vocab_size - logits.shape[1]
+        return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+
+
+def log_law(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """[M, V] fp32 log-probabilities of the drafter under the request's temperature and truncation; as they are at temperature 0."""
+    for warper in build_warpers(params):
+        logits = warper(None, logits)
+    return torch.log_softmax(logits, -1)

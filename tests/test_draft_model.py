@@ -1,0 +1,146 @@
+"""Draft models: their cache keeps step with the text, their trees grow level by level, and no draft changes what is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_tiny_llama
+from specdec import Engine, SamplingParams
+from specdec.draft_tree import DraftTree
+from specdec.sources.draft_model import DraftModel, check_tokenizers
+from specdec.target import TargetModel
+from specdec.trees.drafted import DraftedTree
+
+PROMPTS = [[5, 9, 2, 7], [11, 3, 11, 3, 11, 3, 8], [1], list(range(3, 60))]
+GREEDY = SamplingParams(max_new_tokens=40)
+
+
+@pytest.fixture
+def sharp() -> Any:
+    """A tiny model that is sure of what it says, as real ones are: its greedy text is worth drafting deep."""
+    model = make_tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 60
+    return model
+
+
+def perturbed(model: Any, noise: float, seed: int = 1) -> Any:
+    """A model that mostly agrees with another: its weights with noise."""
+    import copy
+
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    return other
+
+
+def drafted(model: Any, drafter: Any, **options: Any) -> tuple[Engine, DraftedTree]:
+    builder = DraftedTree(DraftModel(drafter, model.config.vocab_size), **options)
+    return Engine(model, method=builder, budget=12), builder
+
+
+def test_growing_a_tree_level_by_level_gives_its_logits(sharp: Any) -> None:
+    """Two rows whose levels have different sizes, against one forward of the whole trees and across a growing cache."""
+    target = TargetModel(sharp)
+    trees = [DraftTree.from_paths(4, [[7, 1, 2], [7, 3], [9, 1, 5]]), DraftTree.from_paths(6, [[8, 2], [5]])]
+    levels = [[1, 3, 6, 8], [1, 3, 4, 4]]  # nodes of each tree after each level
+    orders = [[0, 1, 5, 2, 4, 6, 3, 7], [0, 1, 3, 2]]
+    trees = [reordered(tree, order) for tree, order in zip(trees, orders)]
+
+    def prefilled(capacity: int) -> Any:
+        cache = target.new_cache(2, capacity)
+        target.prefill(cache, 0, [3, 1, 4, 1, 5])
+        target.prefill(cache, 1, [9, 2])
+        return cache
+
+    whole = target.forward(prefilled(64), trees)
+    cache, known = prefilled(6), [0, 0]
+    for level in range(4):
+        sizes = [row[level] for row in levels]
+        logits = target.forward(cache, [tree.prefix(size) for tree, size in zip(trees, sizes)], known=known)
+        for row, (old, size) in enumerate(zip(known, sizes)):
+            torch.testing.assert_close(logits[row, : size - old], whole[row, old:size], rtol=1e-5, atol=1e-5)
+        known = sizes
+
+
+def reordered(tree: DraftTree, order: list[int]) -> DraftTree:
+    place = {node: i for i, node in enumerate(order)} | {-1: -1}
+    return DraftTree(tree.tokens[order], [place[int(tree.parents[node])] for node in order])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
+def test_greedy_text_is_that_of_the_target(sharp: Any, noise: float) -> None:
+    engine, builder = drafted(sharp, perturbed(sharp, noise))
+    plain = Engine(sharp, method="none").generate(PROMPTS, GREEDY)
+    found = engine.generate(PROMPTS, GREEDY)
+    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+    assert [engine.generate(prompt, GREEDY).token_ids for prompt in PROMPTS] == [result.token_ids for result in plain]
+    assert builder.model._owners == []
+    if noise == 0.0:  # the drafter is the target: nothing is rejected but for want of depth
+        assert sum(len(result.token_ids) for result in found) > 3 * sum(result.steps for result in found)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.8, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_seed_gives_the_same_text_with_a_drafter(sharp: Any, noise: float, options: dict[str, Any]) -> None:
+    params = SamplingParams(max_new_tokens=30, temperature=0.9, seed=3, **options)
+    engine, _ = drafted(sharp, perturbed(sharp, noise))
+    plain = Engine(sharp, method="none").generate(PROMPTS, params)
+    found = engine.generate(PROMPTS, params)
+    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+    if noise == 0.0 and "repetition_penalty" not in options:  # shared noise: the same law draws the same token
+        assert sum(len(result.token_ids) for result in found) > 3 * sum(result.steps for result in found)
+
+
+def test_the_cache_keeps_step(sharp: Any) -> None:
+    """After every step the drafter's rows hold the committed text, and its laws are those of a fresh drafter."""
+    engine, builder = drafted(sharp, perturbed(sharp, 0.3))
+    model = builder.model
+    sequences = engine._sequences(PROMPTS, [GREEDY] * len(PROMPTS))
+    for seq in sequences:
+        engine.add(seq)
+    for _ in range(6):
+        engine.step()
+        growths, logits = model.grow(engine.rows)
+        for seq, growth, row in zip(engine.rows, growths, logits):
+            assert model.cache.lengths[seq.row] == len(seq.token_ids) - 1
+            assert growth.tokens == [seq.token_ids[-1]]
+            fresh = DraftModel(model._model, model.vocab_size)
+            alone = type(seq)(0, list(seq.token_ids), GREEDY, seq.randomness, row=0)
+            torch.testing.assert_close(row, fresh.grow([alone])[1][0], rtol=1e-4, atol=1e-4)
+    for seq in sequences:
+        engine.cancel(seq)
+    assert model._owners == []
+
+
+@pytest.mark.parametrize("vocab_size", [200, 300])
+def test_another_vocabulary_size(sharp: Any, vocab_size: int) -> None:
+    """A drafter with fewer tokens never drafts the others; one with more is cut."""
+    engine, _ = drafted(sharp, make_tiny_llama(vocab_size=vocab_size))
+    plain = Engine(sharp, method="none").generate(PROMPTS[0], GREEDY)
+    assert engine.generate(PROMPTS[0], GREEDY).token_ids == plain.token_ids
+
+
+def test_a_text_longer_than_the_drafters_context(sharp: Any) -> None:
+    drafter = make_tiny_llama(max_position_embeddings=40)
+    engine, _ = drafted(sharp, drafter)
+    plain = Engine(sharp, method="none").generate(PROMPTS, GREEDY)
+    found = engine.generate(PROMPTS, GREEDY)
+    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+
+
+def test_tokenizers_must_agree() -> None:
+    class Words:
+        def __init__(self, *words: str) -> None:
+            self.words = words
+
+        def get_vocab(self) -> dict[str, int]:
+            return {word: index for index, word in enumerate(self.words)}
+
+    check_tokenizers(Words("a", "b"), Words("a", "b", "c"))
+    with pytest.raises(ValueError, match="has 'x' as token 1, the target's 'b'"):
+        check_tokenizers(Words("a", "x"), Words("a", "b"))
