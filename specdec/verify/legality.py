@@ -18,7 +18,7 @@ import numpy as np
 
 from specdec.draft_tree import DraftTree, Kind
 
-__all__ = ["LEGAL_KINDS", "check"]
+__all__ = ["LEGAL_KINDS", "check", "check_pair"]
 
 _WITH_Q = frozenset({Kind.DETERMINISTIC, Kind.WITHOUT_REPLACEMENT, Kind.IID})
 
@@ -51,6 +51,20 @@ def check(rule: str, tree: DraftTree) -> None:
     sampled = np.flatnonzero(kinds != Kind.DETERMINISTIC)
     if len(sampled):
         _check_draws(rule, tree, kinds, sampled)
+
+
+def check_pair(rule: str, kind: Kind, chain: bool) -> None:
+    """Refuse a rule for all trees of this kind, before any is drafted.
+
+    Raises:
+        ValueError: no such rule, one that is not lossless for the kind, or block for trees that branch.
+    """
+    if rule not in LEGAL_KINDS:
+        raise ValueError(f"rule must be one of {', '.join(LEGAL_KINDS)}, got {rule!r}")
+    if kind not in LEGAL_KINDS[rule]:
+        raise ValueError(f"{rule} is not lossless for {kind.name} nodes; fix: verify them with {_rules_for(kind)}")
+    if rule == "block" and not chain:
+        raise ValueError("block takes chains; fix: branching=(1,), or verify with traversal")
 
 
 def _check_kinds(rule: str, kinds: np.ndarray) -> None:

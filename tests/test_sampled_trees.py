@@ -1,0 +1,185 @@
+"""SampledTree: what it draws is what the rules suppose, exactly, by enumeration of its own draws and of the rule's coins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from enumeration import direct_law, distance
+from oracles_verify import PROMPT, Toy, draft_law, joint_law, make_sequence, step_law
+from specdec import Engine, SamplingParams
+from specdec.draft_tree import DraftTree, Kind
+from specdec.randomness import Randomness
+from specdec.sequence import Sequence
+from specdec.sources.draft_model import DraftModel, Growth
+from specdec.trees.sampled import SampledTree
+from specdec.verify.rules import RULES
+from test_draft_model import GREEDY, PROMPTS, perturbed, sharp
+
+__all__ = ["sharp"]  # a fixture
+
+EXACT = 1e-9
+
+
+class ToyDrafter:
+    """DraftModel's interface over a toy."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.toy, self.vocab_size = toy, toy.vocab_size
+        self.kept: list[list[int]] = []
+
+    def start(self, seq: Sequence) -> None: ...
+
+    def finish(self, seq: Sequence) -> None: ...
+
+    def keep(self, seq: Sequence, nodes: list[int]) -> None:
+        self.kept.append(nodes)
+
+    def depth_limit(self, seq: Sequence) -> int:
+        return 99
+
+    def grow(self, seqs: Seq[Sequence]) -> tuple[list[Growth], list[torch.Tensor]]:
+        return [Growth(seq.token_ids[-1]) for seq in seqs], [self.toy(seq.token_ids)[None] for seq in seqs]
+
+    def extend(self, seqs: Seq[Sequence], growths: Seq[Growth], known: Seq[int]) -> list[torch.Tensor]:
+        found = []
+        for seq, growth, old in zip(seqs, growths, known):
+            tree = growth.tree()
+            texts = [seq.token_ids + tree.tokens[tree.path(node)[1:]].tolist() for node in range(old, len(tree))]
+            found.append(torch.stack([self.toy(text) for text in texts]) if texts else torch.empty(0, self.vocab_size))
+        return found
+
+
+def trees_of(builder: SampledTree, budget: int, depth: int) -> list[tuple[DraftTree, float]]:
+    def draft(randomness: Randomness) -> DraftTree:
+        seq = make_sequence()
+        seq.randomness = randomness
+        return builder.build([seq], [budget], [depth])[0]
+
+    return draft_law(draft)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "draw", "branching", "rules"),
+    [
+        (3, "iid", (2,), ("kseq", "optimal_transport", "recursive_rejection", "traversal")),
+        (3, "iid", (1,), ("block", "kseq")),
+        (3, "without_replacement", (2, 2), ("recursive_rejection", "traversal")),
+        (4, "without_replacement", (3, 1), ("recursive_rejection",)),
+        (4, "without_replacement", (1,), ("block", "traversal")),
+        (4, "hybrid", (2, 2), ("recursive_rejection", "traversal")),
+        (5, "hybrid", (3, 1), ("recursive_rejection",)),
+        (3, "hybrid", (1,), ("block",)),
+    ],
+)
+def test_law_is_exact(vocab_size: int, draw: str, branching: tuple[int, ...], rules: tuple[str, ...]) -> None:
+    target = Toy(vocab_size, seed=vocab_size)
+    drafter: Any = ToyDrafter(Toy(vocab_size, seed=vocab_size + 50, near=target, quality=0.4))
+    for rule in rules:
+        builder = SampledTree(drafter, draw, rule, branching)
+        trees = trees_of(builder, 20, 2)
+        law = joint_law(step_law(RULES[builder.rule], trees, target), target)
+        assert distance(law, direct_law(target, PROMPT, 3)) < EXACT
+        if rule != "block":
+            assert all(len(tree) <= 20 for tree, _ in trees)
+
+
+def test_a_law_recorded_wrong_is_seen() -> None:
+    """Negative control: draws by a law that is not the one in `probs`."""
+    target = Toy(4, seed=4)
+    drafter: Any = ToyDrafter(Toy(4, seed=54, near=target, quality=0.4))
+    trees = trees_of(SampledTree(drafter, "without_replacement", None, (2, 1)), 20, 2)
+    for tree, _ in trees:
+        assert tree.probs is not None
+        tree.probs = np.sqrt(tree.probs)
+    law = joint_law(step_law(RULES["recursive_rejection"], trees, target), target)
+    assert distance(law, direct_law(target, PROMPT, 3)) > 5e-3
+
+
+@pytest.mark.parametrize("draw", ["iid", "without_replacement", "hybrid"])
+@pytest.mark.parametrize("budget", [1, 2, 5, 9, 30])
+def test_budget_is_a_hard_cap_and_the_shape_is_fixed(draw: str, budget: int) -> None:
+    drafter: Any = ToyDrafter(Toy(50, seed=1, scale=0.1))
+    sizes = set()
+    for seed in range(20):
+        seq = Sequence(0, [1, 2, 3], SamplingParams(temperature=1.0), Randomness(seed))
+        (tree,) = SampledTree(drafter, draw).build([seq], [budget], [6])
+        assert len(tree) <= budget and tree.depths.max(initial=0) <= 6
+        draws = len(tree) if tree.multiplicity is None or draw != "iid" else int(tree.multiplicity.sum())
+        sizes.add(draws if draw != "iid" else tuple(np.bincount(tree.depths, tree.multiplicity)))
+    assert len(sizes) == 1  # no token decides how many others are drawn
+
+
+def test_virtual_sampling_order_and_kinds() -> None:
+    drafter: Any = ToyDrafter(Toy(6, seed=2))
+    seq = Sequence(0, [1, 2, 3], SamplingParams(temperature=1.0), Randomness(5))
+    (tree,) = SampledTree(drafter, "hybrid", None, (3, 1)).build([seq], [8], [2])
+    children = tree.children(0)
+    assert tree.kind is not None and tree.probs is not None and tree.draw_index is not None
+    assert [Kind(kind) for kind in tree.kind[children]] == [Kind.DETERMINISTIC] + [Kind.WITHOUT_REPLACEMENT] * 2
+    sure, *drawn = tree.tokens[children].tolist()
+    assert tree.probs[0, sure] == 0 and (tree.probs[0, drawn] > 0).all() and tree.draw_index[children].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draw": "greedy"}, "draw must be one of iid, without_replacement, hybrid, got 'greedy'"),
+        ({"rule": "luck"}, "rule must be one of match, "),
+        ({"rule": "kseq"}, "kseq is not lossless for WITHOUT_REPLACEMENT nodes; fix: verify them with "),
+        ({"rule": "block"}, "block takes chains; fix: branching="),
+        ({"branching": ()}, "branching must be numbers >= 1, at least one"),
+        ({"branching": (2, 0)}, "branching must be numbers >= 1, at least one"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], message: str) -> None:
+    drafter: Any = ToyDrafter(Toy(3))
+    with pytest.raises(ValueError, match=message):
+        SampledTree(drafter, **options)
+
+
+ENGINES = [
+    ("iid", "kseq"), ("iid", "optimal_transport"), ("iid", "recursive_rejection"), ("iid", "traversal"),
+    ("without_replacement", "recursive_rejection"), ("without_replacement", "traversal"), ("without_replacement", "match"),
+    ("hybrid", "recursive_rejection"), ("hybrid", "traversal"),
+]  # fmt: skip
+
+
+def engine_of(model: Any, draw: str, rule: str, noise: float = 0.3) -> Engine:
+    builder = SampledTree(DraftModel(perturbed(model, noise), model.config.vocab_size), draw, rule)
+    return Engine(model, method=builder, budget=12)
+
+
+@pytest.mark.parametrize(("draw", "rule"), ENGINES)
+def test_greedy_text_is_that_of_the_target(sharp: Any, draw: str, rule: str) -> None:
+    plain = Engine(sharp, method="none").generate(PROMPTS, GREEDY)
+    found = engine_of(sharp, draw, rule).generate(PROMPTS, GREEDY)
+    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+
+
+@pytest.mark.parametrize(("draw", "rule"), ENGINES)
+def test_a_seed_fixes_the_text_alone_or_in_a_batch(sharp: Any, draw: str, rule: str) -> None:
+    """The same prompt index and seed: same text, whatever else is in the batch. The drafts count, so the method is part of it."""
+    params = SamplingParams(max_new_tokens=24, temperature=1.5, top_k=30, seed=11)
+    engine = engine_of(sharp, draw, rule)
+    batch = engine.generate(PROMPTS, params)
+    assert engine.generate(PROMPTS, params)[2].token_ids == batch[2].token_ids
+    assert engine.generate(PROMPTS[:1], params)[0].token_ids == batch[0].token_ids
+    assert sum(len(result.token_ids) for result in batch) > 1.1 * sum(result.steps for result in batch)  # drafts are accepted
+
+
+@pytest.mark.parametrize("rule", ["traversal"])
+def test_a_processor_with_a_memory_is_refused_where_rejected_nodes_are_read(sharp: Any, rule: str) -> None:
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Remembers(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores
+
+    engine = engine_of(sharp, "without_replacement", rule)
+    with pytest.raises(ValueError, match="has a Remembers, which may keep a state, and the acceptance rule 'traversal'"):
+        engine.new_sequence([1, 2], GREEDY, Randomness(0), processor=LogitsProcessorList([Remembers()]))
