@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from specdec.draft_tree import DraftTree
     from specdec.engine import Engine, Result
     from specdec.hf import accelerate, generate
-    from specdec.methods import METHODS
+    from specdec.methods import DRAFTER_METHODS, METHODS
     from specdec.models import load
     from specdec.sequence import SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DRAFTER_METHODS",
     "METHODS",
     "DraftTree",
     "Engine",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "DRAFTER_METHODS": "methods",
     "METHODS": "methods",
     "DraftTree": "draft_tree",
     "Engine": "engine",

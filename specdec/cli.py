@@ -32,7 +32,16 @@ console = Console(stderr=True)
 
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="local folder or hub name; default: the embedded model")]
 DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32")]
-MethodOption = Annotated[str, typer.Option(help="drafting method: auto, none, ngram, suffix, token_recycling, goose, best_first")]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        help="drafting method: auto, none, ngram, suffix, token_recycling, goose, best_first; with --drafter: draft_model, spectr, "
+        "optimal_transport, without_replacement, hybrid, traversal, block"
+    ),
+]
+DrafterOption = Annotated[
+    str | None, typer.Option(help='draft model: folder or hub name, or "early_exit:8", the first 8 layers of the model itself')
+]
 BudgetOption = Annotated[str, typer.Option(help="most nodes of a draft tree, or auto: from the measured costs")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="most tokens to generate")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy")]
@@ -46,6 +55,7 @@ def generate(
     model: ModelOption = None,
     dtype: DtypeOption = "auto",
     method: MethodOption = "auto",
+    drafter: DrafterOption = None,
     budget: BudgetOption = "auto",
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
@@ -60,7 +70,7 @@ def generate(
     with _clean_errors():
         params = specdec.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         text = sys.stdin.read() if prompt == "-" else prompt
-        engine = _engine(model, dtype, method, budget)
+        engine = _engine(model, dtype, method, budget, drafter)
         request = _request(engine.tokenizer, text, chat)
         if not stats:
             _print_stream(engine, request, params)
@@ -77,6 +87,7 @@ def chat(
     model: ModelOption = None,
     dtype: DtypeOption = "auto",
     method: MethodOption = "auto",
+    drafter: DrafterOption = None,
     budget: BudgetOption = "auto",
     max_new_tokens: MaxNewTokensOption = 512,
     temperature: TemperatureOption = 0.0,
@@ -87,7 +98,7 @@ def chat(
     """Talk to the model. /reset starts over; an empty line, /quit or Ctrl-D ends; Ctrl-C stops an answer."""
     with _clean_errors():
         params = specdec.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        engine = _engine(model, dtype, method, budget)
+        engine = _engine(model, dtype, method, budget, drafter)
         if not getattr(engine.tokenizer, "chat_template", None):
             raise ValueError("model must have a chat template to chat; use `specdec generate --raw`")
         opening = [{"role": "system", "content": system}] if system else []
@@ -105,6 +116,7 @@ def info(
     model: ModelOption = None,
     dtype: DtypeOption = "auto",
     method: MethodOption = "auto",
+    drafter: DrafterOption = None,
     budget: BudgetOption = "auto",
     costs: Annotated[bool, typer.Option("--costs/--no-costs", help="load the model and measure its forward")] = True,
 ) -> None:
@@ -112,7 +124,7 @@ def info(
     with _clean_errors():
         _print_facts("specdec", _environment())
         if costs:
-            engine = _engine(model, dtype, method, budget)
+            engine = _engine(model, dtype, method, budget, drafter)
             _print_facts("engine", engine.info())
 
 
@@ -137,14 +149,14 @@ def _clean_errors() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def _engine(model: str | None, dtype: str, method: str, budget: str) -> Engine:
+def _engine(model: str | None, dtype: str, method: str, budget: str, drafter: str | None) -> Engine:
     nodes = _budget(budget)
-    if method not in specdec.METHODS:
-        raise ValueError(f"method must be one of {', '.join(specdec.METHODS)}, got {method!r}")
+    if method not in (names := [*specdec.METHODS, *specdec.DRAFTER_METHODS]):
+        raise ValueError(f"method must be one of {', '.join(names)}, got {method!r}")
     with console.status(f"loading {model or 'the embedded model'}"):
         _quiet_transformers()
         loaded, tokenizer = specdec.load(model, dtype)
-        return specdec.Engine(loaded, tokenizer, method=method, budget=nodes)
+        return specdec.Engine(loaded, tokenizer, method=method, budget=nodes, drafter=drafter)
 
 
 def _budget(text: str) -> int | str:

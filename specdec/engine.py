@@ -32,6 +32,7 @@ from specdec.prefix_backend import FlashAttention
 from specdec.randomness import Randomness, draw_seed
 from specdec.sampling import Law, build_processor
 from specdec.sequence import SamplingParams, Sequence
+from specdec.sources.draft_model import EarlyExit, make_drafter
 from specdec.target import TargetModel
 from specdec.text import Detokenizer, cut_at_stop, stop_string_check
 from specdec.trees.base import TreeBuilder
@@ -99,6 +100,8 @@ class Engine:
         max_rows: sequences decoded at once; further prompts wait for a free row.
         state: file of a state saved by save_state, to start warm.
         prefix_backend: "op", or on CUDA "flash_attn": flash-attn attends to the committed tokens and specdec's op to the trees.
+        drafter: a smaller model of the same tokenizer, its folder or hub name, or "early_exit:8" (the model's own first 8 layers);
+            for the methods of specdec.DRAFTER_METHODS.
 
     Raises:
         UnsupportedModelError: the model cannot be accelerated without risking its output.
@@ -115,6 +118,7 @@ class Engine:
         max_rows: int = 8,
         state: str | Path | None = None,
         prefix_backend: str | FlashAttention = "op",
+        drafter: Any = None,
     ) -> None:
         if budget != "auto" and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
             raise ValueError(f'budget must be "auto" or an int >= 1 (nodes a tree, root included), got {budget!r}')
@@ -126,11 +130,14 @@ class Engine:
         self.budget, self.max_rows = budget, max_rows
         self.method = method if isinstance(method, str) else type(method).__name__
         self.pacer = Pacer(self.target, budget)
-        self.builder = make_builder(method, self.target.vocab_size, self.pacer.cost_model)
+        draft_model = None if drafter is None else make_drafter(drafter, model, self.tokenizer, self.target.vocab_size)
+        self.builder = make_builder(method, self.target.vocab_size, self.pacer.cost_model, draft_model)
         self.rule: str = getattr(self.builder, "rule", "match")
         self._accept_rule = RULES[self.rule]
         warm_up(self.builder, self.target.vocab_size, self.target.dtype)
         self.cache: KVCache = self.target.new_cache(1, 256)
+        if isinstance(drafting := getattr(self.builder, "model", None), EarlyExit):
+            drafting.attach(self.cache)
         self.rows: list[Sequence] = []  # live sequences; sequence i owns cache row i
         self.waiting: deque[Sequence] = deque()
         self.last_step = StepStats()

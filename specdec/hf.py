@@ -163,19 +163,21 @@ def _call(original: Callable[..., Any], model: Any, kwargs: dict[str, Any]) -> A
 
 
 @contextmanager
-def accelerate(model: Any, method: str = "auto", budget: int | str = "auto", *, seed: int | None = None) -> Iterator[Engine]:
+def accelerate(
+    model: Any, method: str = "auto", budget: int | str = "auto", *, seed: int | None = None, drafter: Any = None
+) -> Iterator[Engine]:
     """Inside the block every `model.generate(...)`, a pipeline's or a PEFT wrapper's too, is speculative; then all is as before.
 
     Args:
         model: the model (for PEFT: the wrapper).
-        method, budget: as for Engine.
+        method, budget, drafter: as for Engine.
         seed: fixes all sampled texts of the block.
 
     Yields:
         The Engine that does the work (its statistics, save_state).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    engine = Engine(base, method=method, budget=budget)
+    engine = Engine(base, method=method, budget=budget, drafter=drafter)
     original = base.generate
     had_own = "generate" in base.__dict__
 

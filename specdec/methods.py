@@ -1,4 +1,4 @@
-"""METHODS: name -> draft sources and tree builder. The whole menu, one row a method."""
+"""METHODS: name -> draft sources and tree builder. DRAFTER_METHODS: the same for a draft model. The whole menu, one row a method."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from specdec.trees.base import TreeBuilder
 
 if TYPE_CHECKING:
     from specdec.cost_model import CostModel
+    from specdec.sources.draft_model import DraftModel
 
-__all__ = ["METHODS", "Method", "make_builder"]
+__all__ = ["DRAFTER_METHODS", "METHODS", "DrafterMethod", "Method", "make_builder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +86,63 @@ METHODS: dict[str, Method] = {
 }
 
 
-def make_builder(method: str | TreeBuilder, vocab_size: int, cost_model: CostModel | None) -> TreeBuilder:
-    """The tree builder of a method's name, or the builder itself.
+@dataclass(frozen=True, slots=True)
+class DrafterMethod:
+    """One way to use a draft model."""
+
+    make: Callable[[DraftModel], TreeBuilder]
+    summary: str
+
+
+def _drafted(draft_model: DraftModel) -> TreeBuilder:
+    from specdec.trees.drafted import DraftedTree
+
+    return DraftedTree(draft_model)
+
+
+def _sampled(draw: str, rule: str, branching: tuple[int, ...] = (3, 2, 1)) -> Callable[[DraftModel], TreeBuilder]:
+    def make(draft_model: DraftModel) -> TreeBuilder:
+        from specdec.trees.sampled import SampledTree
+
+        return SampledTree(draft_model, draw, rule, branching)
+
+    return make
+
+
+DRAFTER_METHODS: dict[str, DrafterMethod] = {
+    "draft_model": DrafterMethod(_drafted, "its best continuations, best first; at a temperature by the target's own noise"),
+    "spectr": DrafterMethod(_sampled("iid", "kseq"), "SpecTr: i.i.d. paths, K-SEQ"),
+    "optimal_transport": DrafterMethod(_sampled("iid", "optimal_transport"), "i.i.d. paths, the most that they allow to accept"),
+    "without_replacement": DrafterMethod(
+        _sampled("without_replacement", "recursive_rejection"), "distinct draws, recursive rejection"
+    ),
+    "hybrid": DrafterMethod(_sampled("hybrid", "recursive_rejection"), "the best token and distinct draws, recursive rejection"),
+    "traversal": DrafterMethod(_sampled("without_replacement", "traversal"), "distinct draws, traversal verification"),
+    "block": DrafterMethod(_sampled("iid", "block", (1,)), "one sampled chain, block verification"),
+}
+
+
+def make_builder(
+    method: str | TreeBuilder, vocab_size: int, cost_model: CostModel | None, draft_model: DraftModel | None = None
+) -> TreeBuilder:
+    """The tree builder of a method's name, or the builder itself. With a draft model "auto" is "draft_model".
 
     Raises:
-        ValueError: no such method, or an object that is no TreeBuilder.
+        ValueError: no such method, an object that is no TreeBuilder, a draft model missing or of no use to the method.
     """
+    if method == "auto" and draft_model is not None:
+        method = "draft_model"
     if not isinstance(method, (str, type)) and callable(getattr(method, "build", None)):
-        return method
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, or a TreeBuilder object, got {method!r}")
-    return METHODS[method].make(vocab_size, cost_model)
+        builder = method
+    elif method in DRAFTER_METHODS:
+        if draft_model is None:
+            raise ValueError(f'method {method!r} needs a draft model; fix: Engine(model, drafter=...), a model or "early_exit:8"')
+        return DRAFTER_METHODS[method].make(draft_model)
+    elif method in METHODS:
+        builder = METHODS[method].make(vocab_size, cost_model)
+    else:
+        names = ", ".join([*METHODS, *DRAFTER_METHODS])
+        raise ValueError(f"method must be one of {names}, or a TreeBuilder object, got {method!r}")
+    if draft_model is not None:
+        raise ValueError(f"method {method!r} uses no drafter; fix: one of {', '.join(DRAFTER_METHODS)}, or leave drafter out")
+    return builder

@@ -40,9 +40,9 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 def make_tiny_llama(vocab_size: int = 258, **options: Any) -> LlamaForCausalLM:
     """A random llama with 2 layers of width 32, fp32, always the same weights."""
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_attention_heads=4,
         num_key_value_heads=2, bos_token_id=None, eos_token_id=vocab_size - 1, pad_token_id=vocab_size - 2,
-        **{"max_position_embeddings": 2048, **options},
+        **{"max_position_embeddings": 2048, "num_hidden_layers": 2, **options},
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from conftest import make_tiny_llama
-from specdec import Engine, SamplingParams
+from specdec import DRAFTER_METHODS, Engine, SamplingParams, accelerate
 from specdec.draft_tree import DraftTree
-from specdec.sources.draft_model import DraftModel, check_tokenizers
+from specdec.sources.draft_model import DraftModel, check_tokenizers, first_layers
 from specdec.target import TargetModel
 from specdec.trees.drafted import DraftedTree
 
@@ -131,6 +131,71 @@ def test_a_text_longer_than_the_drafters_context(sharp: Any) -> None:
     plain = Engine(sharp, method="none").generate(PROMPTS, GREEDY)
     found = engine.generate(PROMPTS, GREEDY)
     assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+
+
+@pytest.mark.parametrize("method", DRAFTER_METHODS)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_early_exit(method: str, layers: int) -> None:
+    """The target's own first layers draft over the engine's cache; the model is as it was."""
+    model = make_tiny_llama(num_hidden_layers=3)
+    with torch.no_grad():
+        model.lm_head.weight *= 60
+    plain = Engine(model, method="none").generate(PROMPTS, GREEDY)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine = Engine(model, method=method, budget=12, drafter=f"early_exit:{layers}")
+    assert engine.builder.model.cache is engine.cache  # type: ignore[attr-defined]
+    found = engine.generate(PROMPTS, GREEDY)
+    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+    assert len(model.model.layers) == model.config.num_hidden_layers == 3
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_early_exit_reads_the_same_as_the_first_layers_alone(sharp: Any) -> None:
+    """Over the engine's cache, with prompts and commits of the target's, its laws are those of a model of these layers."""
+    engine = Engine(sharp, method="draft_model", budget=8, drafter="early_exit:1")
+    drafter: Any = engine.builder.model  # type: ignore[attr-defined]
+    sequences = engine._sequences(PROMPTS, [GREEDY] * len(PROMPTS))
+    for seq in sequences:
+        engine.add(seq)
+    for _ in range(4):
+        engine.step()
+        _, logits = drafter.grow(engine.rows)
+        for seq, row in zip(engine.rows, logits):
+            with torch.inference_mode():
+                expected = first_layers(sharp, 1)(torch.tensor([seq.token_ids])).logits[0, -1:]
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+    for seq in sequences:
+        engine.cancel(seq)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "spectr"}, "method 'spectr' needs a draft model; fix: Engine"),
+        ({"method": "goose", "drafter": "early_exit:1"}, "method 'goose' uses no drafter; fix: one of draft_model, "),
+        ({"drafter": "early_exit:2"}, r"layers must be an int in \[1, 1\], the model has 2, got 2"),
+        ({"drafter": "early_exit"}, "drafter must say how many layers, such as"),
+        ({"drafter": "/no/such/model"}, "no folder /no/such/model"),
+        ({"method": "magic"}, "method must be one of none, .*, draft_model, .*got 'magic'"),
+    ],
+)
+def test_bad_drafters(sharp: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        Engine(sharp, **options)
+
+
+def test_a_loaded_drafter(sharp: Any, tiny_folder: str, tiny_tokenizer: Any) -> None:
+    engine = Engine(sharp, tiny_tokenizer, drafter=tiny_folder, budget=8)
+    assert engine.generate(PROMPTS[0], GREEDY).token_ids == Engine(sharp, method="none").generate(PROMPTS[0], GREEDY).token_ids
+    assert type(engine.builder).__name__ == "DraftedTree"
+
+
+def test_accelerate_with_a_drafter(sharp: Any) -> None:
+    ids = torch.tensor([PROMPTS[1]])
+    expected = sharp.generate(ids, max_new_tokens=20, do_sample=False)
+    with accelerate(sharp, drafter=perturbed(sharp, 0.3)) as engine:
+        assert torch.equal(sharp.generate(ids, max_new_tokens=20, do_sample=False), expected)
+    assert engine.builder.forwards > 0
 
 
 def test_tokenizers_must_agree() -> None:

@@ -13,18 +13,21 @@ vocabulary. Penalties and other processors that look at the text are left to the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import Module, ModuleList
 
 from specdec.draft_tree import NO_PARENT, DraftTree
+from specdec.kv_cache import KVCache
 from specdec.sampling import build_warpers
 from specdec.sequence import SamplingParams, Sequence
-from specdec.target import TargetModel
+from specdec.target import TargetModel, UnsupportedModelError
 
-__all__ = ["DraftModel", "Growth", "check_tokenizers", "log_law"]
+__all__ = ["DraftModel", "EarlyExit", "Growth", "check_tokenizers", "first_layers", "log_law", "make_drafter"]
 
 CATCH_UP = 8  # tokens of the text that are read together with the root; more are prefilled
 
@@ -155,3 +158,103 @@ def log_law(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     for warper in build_warpers(params):
         logits = warper(None, logits)
     return torch.log_softmax(logits, -1)
+
+
+class EarlyExit(DraftModel):
+    """The target's own first layers with its final norm and head, for users without a second model.
+
+    Their keys and values of the committed text are the target's: it reads and writes the engine's cache, whose slots past the
+    committed ones the target's forward fills anew. So it needs no prompt, no commit and no memory, but no more than `layers` of a
+    model that was not trained for it say little.
+
+    Args:
+        model: the target.
+        layers: how many of its first layers, at least 1 and fewer than it has.
+
+    Raises:
+        ValueError: layers out of range.
+        UnsupportedModelError: the model has no list of layers to cut.
+    """
+
+    def __init__(self, model: Any, layers: int, vocab_size: int) -> None:
+        super().__init__(first_layers(model, layers), vocab_size)
+        self.layers = layers
+
+    def attach(self, cache: KVCache) -> None:
+        """Use the engine's cache."""
+        self.cache = cache
+
+    def start(self, seq: Sequence) -> None: ...
+
+    def finish(self, seq: Sequence) -> None: ...
+
+    def keep(self, seq: Sequence, nodes: Seq[int]) -> None: ...
+
+    def _claim(self, seq: Sequence) -> None: ...
+
+
+def first_layers(model: Any, layers: int) -> Any:
+    """A model of the first `layers` layers that shares all weights with `model`, which stays as it is.
+
+    Raises:
+        ValueError: layers out of range.
+        UnsupportedModelError: no module of the model is a list of as many layers as its configuration says.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers < total:
+        raise ValueError(f"layers must be an int in [1, {total - 1}], the model has {total}, got {layers!r}")
+    name, stack = next(
+        ((name, module) for name, module in model.named_modules() if isinstance(module, ModuleList) and len(module) == total),
+        (None, None),
+    )
+    if name is None or stack is None:
+        raise UnsupportedModelError(type(model).__name__, f"it has no list of its {total} layers", "draft with another method")
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    *path, last = name.split(".")
+    copies = {id(model.config): config, id(model.config.get_text_config(decoder=True)): text}
+    top = shell = _shell(model, copies)
+    for part in path:
+        inner = shell._modules[part]
+        assert inner is not None, "named_modules() found the stack in it"
+        child = _shell(inner, copies)
+        shell._modules[part] = child
+        shell = child
+    shell._modules[last] = ModuleList(list(stack)[:layers])
+    return top
+
+
+def _shell(module: Module, configs: dict[int, Any]) -> Module:
+    """The module under another configuration; its children are the very same, but can be exchanged."""
+    shell = copy.copy(module)
+    shell._modules = dict(module._modules)
+    if hasattr(module, "config"):
+        shell.config = configs.get(id(module.config), module.config)
+    return shell
+
+
+def make_drafter(drafter: Any, model: Any, tokenizer: Any, vocab_size: int) -> DraftModel:
+    """What Engine's argument `drafter` stands for: a DraftModel, a model, "early_exit:8", or a folder or hub name to load.
+
+    Raises:
+        ValueError: early_exit without a good number of layers; a loaded drafter whose tokenizer is not the target's.
+        UnsupportedModelError: as TargetModel.
+    """
+    if isinstance(drafter, DraftModel):
+        return drafter
+    if not isinstance(drafter, str):
+        return DraftModel(drafter, vocab_size)
+    kind, _, layers = drafter.partition(":")
+    if kind == "early_exit":
+        if not layers.isdecimal():
+            raise ValueError(f'drafter must say how many layers, such as "early_exit:8", got {drafter!r}')
+        return EarlyExit(model, int(layers), vocab_size)
+    from specdec.models import load
+
+    loaded, own_tokenizer = load(drafter, next(model.parameters()).dtype, model.device)
+    if tokenizer is not None:
+        check_tokenizers(own_tokenizer, tokenizer)
+    return DraftModel(loaded, vocab_size)
