@@ -34,7 +34,8 @@ def test_there_are_snippets():
 
 def test_snippets_run_on_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(specdec, "load", lambda *_: (make_tiny_llama(), make_tiny_tokenizer()), raising=False)
+    model = make_tiny_llama(num_hidden_layers=8)  # deeper than the README's early exit
+    monkeypatch.setattr(specdec, "load", lambda *_: (model, make_tiny_tokenizer()), raising=False)
     run_snippets()
 
 
