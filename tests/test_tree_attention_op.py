@@ -91,6 +91,11 @@ def test_large_trees_and_long_prefixes(nodes: int, prefix: int, group: int, dtyp
     check(*make_case([prefix], [nodes], 1, group, 64, dtype), 0.125, 0.0, 90)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_longest_contexts(dtype: torch.dtype) -> None:
+    check(*make_case([131_072, 70_001], [6, 9], 1, 3, 64, dtype), 0.125)
+
+
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_random_shapes_and_trees(data: st.DataObject) -> None:
