@@ -25,7 +25,7 @@ from rich.console import Console
 import specdec
 from bench.metrics import Row
 from bench.report import print_tables, summary
-from bench.runners import Runner, make_runners
+from bench.runners import Runner, load_drafter, make_runners
 from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks
 from specdec.models import load
 
@@ -126,9 +126,10 @@ def _budgets(text: str) -> list[int | str]:
 
 def main(
     split: Annotated[str, typer.Option(help="report, tune or random")] = "report",
-    methods: Annotated[str, typer.Option(help="methods of specdec, model.generate and prompt_lookup, separated by commas")] = (
-        "none,auto,model.generate,prompt_lookup"
-    ),
+    methods: Annotated[
+        str, typer.Option(help="methods of specdec, model.generate, prompt_lookup and assisted, separated by commas")
+    ] = "none,auto,model.generate,prompt_lookup",
+    drafter: Annotated[str | None, typer.Option(help="for methods that need one: folder or hub name, or early_exit:8")] = None,
     budget: Annotated[str, typer.Option(help="node budgets, root included, separated by commas: auto or integers")] = "auto",
     mode: Annotated[str, typer.Option(help="cold: engines forget before every prompt; warm: they do not")] = "warm",
     model: Annotated[str | None, typer.Option(help="local folder or hub name; the embedded model if not given")] = None,
@@ -154,12 +155,13 @@ def main(
         loaded, tokenizer = load(model, dtype)
         settings = {
             "split": split, "mode": mode, "model": model or "embedded", "dtype": str(loaded.dtype).removeprefix("torch."),
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "share_prefill": share_prefill,
+            "drafter": drafter, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "share_prefill": share_prefill,
             "device": str(loaded.device), "threads": torch.get_num_threads(), "machine": _machine(),
             "versions": {"specdec": specdec.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
         log = Log(out, settings)
-        runners = make_runners(loaded, tokenizer, methods.split(","), _budgets(budget), share_prefill)
+        loaded_drafter = load_drafter(drafter, loaded, tokenizer)
+        runners = make_runners(loaded, tokenizer, methods.split(","), _budgets(budget), share_prefill, loaded_drafter)
         run_all(tasks, runners, tokenizer, params, log, mode == "warm", console)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)

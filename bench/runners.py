@@ -17,11 +17,13 @@ from bench.tasks import Task
 from specdec.draft_tree import TopK
 from specdec.learning import top_k
 from specdec.sequence import Sequence
+from specdec.sources.draft_model import check_tokenizers
 
 __all__ = ["PEERS", "EngineRunner", "PeerRunner", "PrefixEngine", "Runner", "make_runners"]
 
 # Peer -> what it adds to generate(); 10 tokens is what transformers' documentation shows for prompt lookup.
-PEERS: dict[str, dict[str, Any]] = {"model.generate": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}}
+# "assisted" is told its drafter in peer_options().
+PEERS: dict[str, dict[str, Any]] = {"model.generate": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}, "assisted": {}}
 BASELINE = "none"
 PrefixMemory = dict[tuple[int, ...], tuple[list[torch.Tensor], list[tuple[int, TopK]]]]
 
@@ -73,12 +75,20 @@ class PrefixEngine(specdec.Engine):
 class EngineRunner:
     """specdec with one method and budget, in an engine of its own; with `memory`, which engines share, it prefills no prompt twice."""
 
-    def __init__(self, model: Any, tokenizer: Any, method: str, budget: int | str, memory: PrefixMemory | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        method: str,
+        budget: int | str,
+        memory: PrefixMemory | None = None,
+        drafter: Any = None,
+    ) -> None:
         self.label = method if method == BASELINE else f"{method}@{budget}"
         self.engine = (
-            specdec.Engine(model, tokenizer, method=method, budget=budget)
+            specdec.Engine(model, tokenizer, method=method, budget=budget, drafter=drafter)
             if memory is None
-            else PrefixEngine(model, tokenizer, method=method, budget=budget, memory=memory)
+            else PrefixEngine(model, tokenizer, method=method, budget=budget, drafter=drafter, memory=memory)
         )
 
     def run(self, task: Task, prompt: list[int], params: specdec.SamplingParams) -> Row:
@@ -98,9 +108,10 @@ class EngineRunner:
 class PeerRunner:
     """`model.generate` of transformers, as its users call it."""
 
-    def __init__(self, model: Any, label: str) -> None:
+    def __init__(self, model: Any, label: str, drafter: Any = None) -> None:
         self.model = model
         self.label = label
+        self.options = peer_options(label, drafter)
 
     def run(self, task: Task, prompt: list[int], params: specdec.SamplingParams) -> Row:
         ids = torch.tensor([prompt], device=self.model.device)
@@ -113,7 +124,7 @@ class PeerRunner:
             max_new_tokens=params.max_new_tokens,
             streamer=clock,
             **_sampling_options(params),
-            **PEERS[self.label],
+            **self.options,
         )
         end = time.perf_counter()
         first_seen = clock.seconds[0]
@@ -151,22 +162,60 @@ def _sampling_options(params: specdec.SamplingParams) -> dict[str, Any]:
     return {"do_sample": True, "temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
 
 
+def peer_options(label: str, drafter: Any) -> dict[str, Any]:
+    """What a peer adds to generate().
+
+    Raises:
+        ValueError: "assisted" without a drafter.
+    """
+    if label != "assisted":
+        return PEERS[label]
+    if drafter is None:
+        raise ValueError('methods has "assisted", which needs a drafter; fix: --drafter, a model or early_exit:8')
+    kind, _, layers = drafter.partition(":") if isinstance(drafter, str) else ("", "", "")
+    return {"assistant_early_exit": int(layers)} if kind == "early_exit" else {"assistant_model": drafter}
+
+
+def load_drafter(name: str | None, model: Any, tokenizer: Any) -> Any:
+    """What --drafter names: a model of the target's tokenizer and dtype, or early_exit:8 as it is.
+
+    Raises:
+        ValueError: its tokenizer is another.
+    """
+    if name is None or name.startswith("early_exit"):
+        return name
+    drafter, own_tokenizer = specdec.load(name, model.dtype, model.device)
+    check_tokenizers(own_tokenizer, tokenizer)
+    return drafter
+
+
 def make_runners(
-    model: Any, tokenizer: Any, methods: list[str], budgets: list[int | str], share_prefill: bool = False
+    model: Any,
+    tokenizer: Any,
+    methods: list[str],
+    budgets: list[int | str],
+    share_prefill: bool = False,
+    drafter: Any = None,
 ) -> list[Runner]:
     """One runner a peer and for "none", one a budget for every other method; their engines may share each prompt's prefill.
 
+    Args:
+        drafter: for the methods of DRAFTER_METHODS and for "assisted": a model, or "early_exit:8".
+
     Raises:
-        ValueError: a name that is neither a method nor a peer.
+        ValueError: a name that is neither a method nor a peer; a drafter missing.
     """
     runners: list[Runner] = []
     memory: PrefixMemory | None = {} if share_prefill else None
     for method in methods:
         if method in PEERS:
-            runners.append(PeerRunner(model, method))
+            runners.append(PeerRunner(model, method, drafter))
         elif method in specdec.METHODS:
             each = budgets[:1] if method == BASELINE else budgets
             runners.extend(EngineRunner(model, tokenizer, method, budget, memory) for budget in each)
+        elif method in specdec.DRAFTER_METHODS:
+            runners.extend(EngineRunner(model, tokenizer, method, budget, memory, drafter) for budget in budgets)
         else:
-            raise ValueError(f"methods must be among {', '.join([*specdec.METHODS, *PEERS])}, got {method!r}")
+            names = [*specdec.METHODS, *specdec.DRAFTER_METHODS, *PEERS]
+            raise ValueError(f"methods must be among {', '.join(names)}, got {method!r}")
     return runners

@@ -18,6 +18,7 @@ from bench.model_attention import make_forwards, measure
 from bench.run import Log, pending, run_all
 from bench.runners import PEERS, EngineRunner, PeerRunner, make_runners
 from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks, random_tasks
+from conftest import make_tiny_llama
 from specdec.attention import compiled_op
 from specdec.target import TargetModel
 
@@ -216,6 +217,10 @@ def test_make_runners(tiny_llama, tiny_tokenizer):
     assert [runner.label for runner in runners] == ["none", "ngram@4", "ngram@8", "model.generate"]
     with pytest.raises(ValueError, match="got 'magic'"):
         make_runners(tiny_llama, tiny_tokenizer, ["magic"], [4])
+    drafted = make_runners(tiny_llama, tiny_tokenizer, ["spectr", "assisted"], [4, 8], drafter="early_exit:1")
+    assert [runner.label for runner in drafted] == ["spectr@4", "spectr@8", "assisted"]
+    with pytest.raises(ValueError, match='"assisted", which needs a drafter; fix'):
+        make_runners(tiny_llama, tiny_tokenizer, ["assisted"], [4])
 
 
 @pytest.mark.parametrize("peer", list(PEERS))
@@ -223,12 +228,12 @@ def test_one_ruler(tiny_llama, tiny_tokenizer, peer):
     """Both kinds of runner report the same tokens; a peer's timed tokens leave out what its prefill emitted."""
     params, task = specdec.SamplingParams(max_new_tokens=24), Task("t", "g", "abcabcabcabc")
     prompt = encode(tiny_tokenizer, task)
-    theirs = PeerRunner(tiny_llama, peer).run(task, prompt, params)
+    theirs = PeerRunner(tiny_llama, peer, make_tiny_llama(num_hidden_layers=1)).run(task, prompt, params)
     ours = EngineRunner(tiny_llama, tiny_tokenizer, "ngram", 8).run(task, prompt, params)
     assert theirs.token_ids == ours.token_ids and len(ours.token_ids) == 24
     assert ours.tokens == 24
     assert 0 < theirs.tokens < 24
-    assert theirs.steps == 23 or peer == "prompt_lookup"
+    assert theirs.steps == 23 or peer in ("prompt_lookup", "assisted")
     assert min(theirs.decode_seconds, theirs.prefill_seconds, ours.decode_seconds, ours.prefill_seconds) > 0
 
 
