@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 import tiny_models
 from oracles_engine import Noisy, Plain, greedy, make_prompts
+from specdec.draft_tree import DraftTree
 from specdec.engine import Engine
 from specdec.methods import METHODS
 from specdec.sequence import SamplingParams
+from specdec.sources.draft_model import EarlyExit
 from specdec.target import TargetModel, UnsupportedModelError
+from specdec.trees.drafted import DraftedTree
 
 WINDOW, THRESHOLD, NEW = 12, 40, 16  # the sliding window and longrope's threshold in tiny_models
 LENGTHS = (1, 5, 11, 30, 45)  # texts within, across and past both
@@ -139,6 +143,31 @@ def test_two_oracles_agree(name: str) -> None:
 def test_partly_right_drafts(name: str) -> None:
     model, truth = known(name)
     check(model, truth, Noisy(truth), budget=12)
+
+
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+def test_a_tree_read_level_by_level(name: str) -> None:
+    """Nodes of an earlier forward are known: the later ones have the logits of one forward over all, also past a window."""
+    model, _ = known(name)
+    target = TargetModel(model)
+    texts, parents = ([5, 9, 3], list(range(7, 27))), [-1, 0, 0, 1, 2, 3, 3, 5]
+    trees = [DraftTree(np.arange(20 + row, 28 + row), parents) for row in range(2)]
+    caches = [target.new_cache(2, capacity) for capacity in (40, 4)]
+    for cache in caches:
+        for row, text in enumerate(texts):
+            target.prefill(cache, row, text)
+    whole = target.forward(caches[0], trees)
+    sizes = [(1, 1), (3, 2), (5, 6), (8, 8)]
+    for old, new in zip([(0, 0), *sizes], sizes):
+        logits = target.forward(caches[1], [tree.prefix(size) for tree, size in zip(trees, new)], known=old)
+        for row, (first, last) in enumerate(zip(old, new)):
+            torch.testing.assert_close(logits[row, : last - first], whole[row, first:last], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+def test_its_first_layer_drafts(name: str) -> None:
+    model, truth = known(name)
+    check(model, truth, DraftedTree(EarlyExit(model, 1, tiny_models.VOCAB), min_gain=0.05), budget=12)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)

@@ -143,7 +143,7 @@ class _Plan:
         """Adds the best unread candidates of the tree to the growth, unless they promise too little."""
         fresh = [node for node in self.best() if self.read[node] == NO_PARENT and self.depths[node] < self.depth]
         fresh = sorted(fresh, key=lambda node: -self.scores[node])[:width]
-        if sum(np.exp(self.scores[node]) for node in fresh) < min_gain:
+        if not fresh or sum(np.exp(self.scores[node]) for node in fresh) < min_gain:
             return False
         for node in sorted(fresh):
             self.read[node] = self.growth.add(self.read[self.parents[node]], self.tokens[node])
