@@ -84,7 +84,8 @@ class CostModel:
         """Time `forward(rows, nodes, context)`, which returns its own seconds, at every combination of the sizes.
 
         Every size runs twice (the first warms up); further repeats, round by round so that a slow spell hits all sizes alike,
-        as long as `seconds` are not used up. The median counts.
+        as long as `seconds` are not used up. The median counts, and at most that of any larger tree: what a spell of another
+        program added to a small size would else never be corrected, for sizes that look dear are not used.
         """
         keys = [(row, node, context) for row in rows for context in contexts for node in nodes]
         begin = time.perf_counter()
@@ -95,7 +96,11 @@ class CostModel:
             for key in keys:
                 if time.perf_counter() - begin < seconds:
                     samples[key].append(forward(*key))
-        return cls({key: float(np.median(times)) for key, times in samples.items()}, host_seconds)
+        table = {key: float(np.median(times)) for key, times in samples.items()}
+        for row, node, context in sorted(keys, key=lambda key: -key[1]):
+            larger = [table[row, other, context] for other in nodes if other > node]
+            table[row, node, context] = min([table[row, node, context], *larger])
+        return cls(table, host_seconds)
 
     def sizes(self, rows: int = 1) -> list[int]:
         """Node counts that were measured for about this many rows, ascending: the right ends of the plateaus."""

@@ -93,3 +93,12 @@ def test_save_and_load(tmp_path) -> None:
 def test_bad_tables_are_refused(table) -> None:
     with pytest.raises(ValueError, match="table"):
         CostModel(table)
+
+
+def test_a_disturbed_measurement_of_a_small_size_is_mended() -> None:
+    """Another program slowed every forward of one node: it cannot cost more than one of two."""
+    model = CostModel.measure(
+        lambda rows, nodes, context: 0.1 if nodes == 1 else 0.03 + 0.001 * nodes, contexts=(256,), seconds=0.0
+    )
+    assert model.seconds(1) == pytest.approx(0.032)
+    assert model.seconds(8) == pytest.approx(0.038)
