@@ -25,9 +25,10 @@ from rich.console import Console
 import specdec
 from bench.metrics import Row
 from bench.report import print_tables, summary
-from bench.runners import Runner, load_drafter, make_runners
+from bench.runners import Runner, make_runners
 from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks
 from specdec.models import load
+from specdec.sources.draft_model import early_exit_layers, load_drafter
 
 __all__ = ["Log", "main", "run_all"]
 
@@ -160,7 +161,8 @@ def main(
             "versions": {"specdec": specdec.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
         log = Log(out, settings)
-        loaded_drafter = load_drafter(drafter, loaded, tokenizer)
+        named = drafter is None or early_exit_layers(drafter) is not None
+        loaded_drafter = drafter if named else load_drafter(drafter, loaded, tokenizer)  # once, for all engines and peers
         runners = make_runners(loaded, tokenizer, methods.split(","), _budgets(budget), share_prefill, loaded_drafter)
         run_all(tasks, runners, tokenizer, params, log, mode == "warm", console)
     except ValueError as error:

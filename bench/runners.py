@@ -17,7 +17,7 @@ from bench.tasks import Task
 from specdec.draft_tree import TopK
 from specdec.learning import top_k
 from specdec.sequence import Sequence
-from specdec.sources.draft_model import check_tokenizers
+from specdec.sources.draft_model import early_exit_layers
 
 __all__ = ["PEERS", "EngineRunner", "PeerRunner", "PrefixEngine", "Runner", "make_runners"]
 
@@ -172,21 +172,8 @@ def peer_options(label: str, drafter: Any) -> dict[str, Any]:
         return PEERS[label]
     if drafter is None:
         raise ValueError('methods has "assisted", which needs a drafter; fix: --drafter, a model or early_exit:8')
-    kind, _, layers = drafter.partition(":") if isinstance(drafter, str) else ("", "", "")
-    return {"assistant_early_exit": int(layers)} if kind == "early_exit" else {"assistant_model": drafter}
-
-
-def load_drafter(name: str | None, model: Any, tokenizer: Any) -> Any:
-    """What --drafter names: a model of the target's tokenizer and dtype, or early_exit:8 as it is.
-
-    Raises:
-        ValueError: its tokenizer is another.
-    """
-    if name is None or name.startswith("early_exit"):
-        return name
-    drafter, own_tokenizer = specdec.load(name, model.dtype, model.device)
-    check_tokenizers(own_tokenizer, tokenizer)
-    return drafter
+    layers = early_exit_layers(drafter)
+    return {"assistant_model": drafter} if layers is None else {"assistant_early_exit": layers}
 
 
 def make_runners(

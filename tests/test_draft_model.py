@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -29,8 +32,6 @@ def sharp() -> Any:
 
 def perturbed(model: Any, noise: float, seed: int = 1) -> Any:
     """A model that mostly agrees with another: its weights with noise."""
-    import copy
-
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -41,6 +42,22 @@ def perturbed(model: Any, noise: float, seed: int = 1) -> Any:
 def drafted(model: Any, drafter: Any, **options: Any) -> tuple[Engine, DraftedTree]:
     builder = DraftedTree(DraftModel(drafter, model.config.vocab_size), **options)
     return Engine(model, method=builder, budget=12), builder
+
+
+def same_as_plain(engine: Engine, model: Any, params: SamplingParams) -> list[Any]:
+    """The engine's results for PROMPTS, whose texts are those of plain decoding."""
+    plain = Engine(model, method="none").generate(PROMPTS, params)
+    found = engine.generate(PROMPTS, params)
+    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+    return found
+
+
+@contextmanager
+def running(engine: Engine) -> Iterator[None]:
+    """PROMPTS are in the engine, to be stepped by hand; cancelled at the end."""
+    sequences = engine._sequences(PROMPTS, [GREEDY] * len(PROMPTS))
+    with engine._running(sequences):
+        yield
 
 
 def test_growing_a_tree_level_by_level_gives_its_logits(sharp: Any) -> None:
@@ -75,10 +92,8 @@ def reordered(tree: DraftTree, order: list[int]) -> DraftTree:
 @pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
 def test_greedy_text_is_that_of_the_target(sharp: Any, noise: float) -> None:
     engine, builder = drafted(sharp, perturbed(sharp, noise))
-    plain = Engine(sharp, method="none").generate(PROMPTS, GREEDY)
-    found = engine.generate(PROMPTS, GREEDY)
-    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
-    assert [engine.generate(prompt, GREEDY).token_ids for prompt in PROMPTS] == [result.token_ids for result in plain]
+    found = same_as_plain(engine, sharp, GREEDY)
+    assert [engine.generate(prompt, GREEDY).token_ids for prompt in PROMPTS] == [result.token_ids for result in found]
     assert builder.model._owners == []
     if noise == 0.0:  # the drafter is the target: nothing is rejected but for want of depth
         assert sum(len(result.token_ids) for result in found) > 3 * sum(result.steps for result in found)
@@ -89,9 +104,7 @@ def test_greedy_text_is_that_of_the_target(sharp: Any, noise: float) -> None:
 def test_a_seed_gives_the_same_text_with_a_drafter(sharp: Any, noise: float, options: dict[str, Any]) -> None:
     params = SamplingParams(max_new_tokens=30, temperature=0.9, seed=3, **options)
     engine, _ = drafted(sharp, perturbed(sharp, noise))
-    plain = Engine(sharp, method="none").generate(PROMPTS, params)
-    found = engine.generate(PROMPTS, params)
-    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+    found = same_as_plain(engine, sharp, params)
     if noise == 0.0 and "repetition_penalty" not in options:  # shared noise: the same law draws the same token
         assert sum(len(result.token_ids) for result in found) > 3 * sum(result.steps for result in found)
 
@@ -100,20 +113,16 @@ def test_the_cache_keeps_step(sharp: Any) -> None:
     """After every step the drafter's rows hold the committed text, and its laws are those of a fresh drafter."""
     engine, builder = drafted(sharp, perturbed(sharp, 0.3))
     model = builder.model
-    sequences = engine._sequences(PROMPTS, [GREEDY] * len(PROMPTS))
-    for seq in sequences:
-        engine.add(seq)
-    for _ in range(6):
-        engine.step()
-        growths, logits = model.grow(engine.rows)
-        for seq, growth, row in zip(engine.rows, growths, logits):
-            assert model.cache.lengths[seq.row] == len(seq.token_ids) - 1
-            assert growth.tokens == [seq.token_ids[-1]]
-            fresh = DraftModel(model._model, model.vocab_size)
-            alone = type(seq)(0, list(seq.token_ids), GREEDY, seq.randomness, row=0)
-            torch.testing.assert_close(row, fresh.grow([alone])[1][0], rtol=1e-4, atol=1e-4)
-    for seq in sequences:
-        engine.cancel(seq)
+    with running(engine):
+        for _ in range(6):
+            engine.step()
+            growths, logits = model.grow(engine.rows)
+            for seq, growth, row in zip(engine.rows, growths, logits):
+                assert model.cache.lengths[seq.row] == len(seq.token_ids) - 1
+                assert growth.tokens == [seq.token_ids[-1]]
+                fresh = DraftModel(model._model, model.vocab_size)
+                alone = type(seq)(0, list(seq.token_ids), GREEDY, seq.randomness, row=0)
+                torch.testing.assert_close(row, fresh.grow([alone])[1][0], rtol=1e-4, atol=1e-4)
     assert model._owners == []
 
 
@@ -128,9 +137,7 @@ def test_another_vocabulary_size(sharp: Any, vocab_size: int) -> None:
 def test_a_text_longer_than_the_drafters_context(sharp: Any) -> None:
     drafter = make_tiny_llama(max_position_embeddings=40)
     engine, _ = drafted(sharp, drafter)
-    plain = Engine(sharp, method="none").generate(PROMPTS, GREEDY)
-    found = engine.generate(PROMPTS, GREEDY)
-    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+    same_as_plain(engine, sharp, GREEDY)
 
 
 @pytest.mark.parametrize("method", DRAFTER_METHODS)
@@ -140,12 +147,10 @@ def test_early_exit(method: str, layers: int) -> None:
     model = make_tiny_llama(num_hidden_layers=3)
     with torch.no_grad():
         model.lm_head.weight *= 60
-    plain = Engine(model, method="none").generate(PROMPTS, GREEDY)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     engine = Engine(model, method=method, budget=12, drafter=f"early_exit:{layers}")
     assert engine.builder.model.cache is engine.cache  # type: ignore[attr-defined]
-    found = engine.generate(PROMPTS, GREEDY)
-    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+    same_as_plain(engine, model, GREEDY)
     assert len(model.model.layers) == model.config.num_hidden_layers == 3
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -154,18 +159,14 @@ def test_early_exit_reads_the_same_as_the_first_layers_alone(sharp: Any) -> None
     """Over the engine's cache, with prompts and commits of the target's, its laws are those of a model of these layers."""
     engine = Engine(sharp, method="draft_model", budget=8, drafter="early_exit:1")
     drafter: Any = engine.builder.model  # type: ignore[attr-defined]
-    sequences = engine._sequences(PROMPTS, [GREEDY] * len(PROMPTS))
-    for seq in sequences:
-        engine.add(seq)
-    for _ in range(4):
-        engine.step()
-        _, logits = drafter.grow(engine.rows)
-        for seq, row in zip(engine.rows, logits):
-            with torch.inference_mode():
-                expected = first_layers(sharp, 1)(torch.tensor([seq.token_ids])).logits[0, -1:]
-            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
-    for seq in sequences:
-        engine.cancel(seq)
+    with running(engine):
+        for _ in range(4):
+            engine.step()
+            _, logits = drafter.grow(engine.rows)
+            for seq, row in zip(engine.rows, logits):
+                with torch.inference_mode():
+                    expected = first_layers(sharp, 1)(torch.tensor([seq.token_ids])).logits[0, -1:]
+                torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

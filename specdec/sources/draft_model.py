@@ -27,7 +27,10 @@ from specdec.sampling import build_warpers
 from specdec.sequence import SamplingParams, Sequence
 from specdec.target import TargetModel, UnsupportedModelError
 
-__all__ = ["DraftModel", "EarlyExit", "Growth", "check_tokenizers", "first_layers", "log_law", "make_drafter"]
+__all__ = [
+    "DraftModel", "EarlyExit", "Growth", "check_tokenizers", "early_exit_layers", "first_layers", "load_drafter", "log_law",
+    "make_drafter",
+]  # fmt: skip
 
 CATCH_UP = 8  # tokens of the text that are read together with the root; more are prefilled
 
@@ -236,25 +239,43 @@ def _shell(module: Module, configs: dict[int, Any]) -> Module:
     return shell
 
 
+def early_exit_layers(drafter: Any) -> int | None:
+    """8 for "early_exit:8", None for any other drafter.
+
+    Raises:
+        ValueError: early_exit without a number of layers.
+    """
+    kind, _, layers = drafter.partition(":") if isinstance(drafter, str) else ("", "", "")
+    if kind != "early_exit":
+        return None
+    if not layers.isdecimal():
+        raise ValueError(f'drafter must say how many layers, such as "early_exit:8", got {drafter!r}')
+    return int(layers)
+
+
+def load_drafter(name: str, model: Any, tokenizer: Any) -> Any:
+    """The model of a folder or hub name, in the target's dtype and on its device.
+
+    Raises:
+        ValueError: its tokenizer is not the target's, where that one is given.
+    """
+    from specdec.models import load
+
+    drafter, own_tokenizer = load(name, next(model.parameters()).dtype, model.device)
+    if tokenizer is not None:
+        check_tokenizers(own_tokenizer, tokenizer)
+    return drafter
+
+
 def make_drafter(drafter: Any, model: Any, tokenizer: Any, vocab_size: int) -> DraftModel:
     """What Engine's argument `drafter` stands for: a DraftModel, a model, "early_exit:8", or a folder or hub name to load.
 
     Raises:
-        ValueError: early_exit without a good number of layers; a loaded drafter whose tokenizer is not the target's.
+        ValueError: as early_exit_layers and load_drafter; more layers than the model has.
         UnsupportedModelError: as TargetModel.
     """
     if isinstance(drafter, DraftModel):
         return drafter
-    if not isinstance(drafter, str):
-        return DraftModel(drafter, vocab_size)
-    kind, _, layers = drafter.partition(":")
-    if kind == "early_exit":
-        if not layers.isdecimal():
-            raise ValueError(f'drafter must say how many layers, such as "early_exit:8", got {drafter!r}')
-        return EarlyExit(model, int(layers), vocab_size)
-    from specdec.models import load
-
-    loaded, own_tokenizer = load(drafter, next(model.parameters()).dtype, model.device)
-    if tokenizer is not None:
-        check_tokenizers(own_tokenizer, tokenizer)
-    return DraftModel(loaded, vocab_size)
+    if (layers := early_exit_layers(drafter)) is not None:
+        return EarlyExit(model, layers, vocab_size)
+    return DraftModel(load_drafter(drafter, model, tokenizer) if isinstance(drafter, str) else drafter, vocab_size)

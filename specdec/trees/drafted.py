@@ -12,16 +12,15 @@ is that of plain sampling with this seed. How far ahead of the others a token is
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
-from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source, TopK, Verdict
+from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source
 from specdec.sequence import Sequence
 from specdec.sources.draft_model import DraftModel, Growth, log_law
+from specdec.trees.by_model import TreeByModel
 
 __all__ = ["DraftedTree"]
 
@@ -31,7 +30,7 @@ MIN_GAIN = 0.25  # expected tokens for which a forward of the drafter is worth i
 TEMPER = 0.5  # sharpness of the scores where drafter and target share their noise
 
 
-class DraftedTree:
+class DraftedTree(TreeByModel):
     """Tree builder around one DraftModel.
 
     Args:
@@ -40,54 +39,12 @@ class DraftedTree:
         min_gain: expected tokens below which no further forward of the drafter is made.
     """
 
-    sizes_itself = False
-    top_k = 0
-    compiles = False
-
     def __init__(self, model: DraftModel, width: int = WIDTH, min_gain: float = MIN_GAIN) -> None:
-        self.model, self.width, self.min_gain = model, width, min_gain
-        self.forwards = 0  # of the drafter, for statistics
+        super().__init__(model)
+        self.width, self.min_gain = width, min_gain
 
-    def start(self, seq: Sequence) -> None:
-        self.model.start(seq)
-
-    def observe_prompt(self, seq: Sequence, start: int, top: TopK) -> None:
-        """The drafter reads the prompt itself."""
-
-    def build(self, seqs: Seq[Sequence], budgets: Seq[int], depths: Seq[int]) -> list[DraftTree]:
-        limits = [min(depth, self.model.depth_limit(seq)) for seq, depth in zip(seqs, depths)]
-        if min(limits) < 0:  # a text is longer than the drafter's context
-            return [DraftTree.root_only(seq.token_ids[-1]) for seq in seqs]
-        growths, logits = self.model.grow(seqs)
-        plans = [_Plan(seq, growth, budget, limit) for seq, growth, budget, limit in zip(seqs, growths, budgets, limits)]
-        known = [0] * len(plans)
-        while True:
-            self.forwards += 1
-            for plan, rows, first in zip(plans, logits, known):
-                plan.receive(rows, first)
-            known = [len(growth.tokens) for growth in growths]
-            wanted = [plan.expand(self.width, self.min_gain) for plan in plans]
-            if not any(wanted):
-                return [plan.tree() for plan in plans]
-            logits = self.model.extend(seqs, growths, known)
-
-    def update(self, seq: Sequence, tree: DraftTree, verdict: Verdict, top: TopK | None) -> None:
-        """The drafter keeps what it has read of the accepted path."""
-        if not isinstance(tree.evidence, np.ndarray):  # the engine's own root, which the drafter has not read
-            return
-        read = tree.evidence[verdict.nodes]
-        self.model.keep(seq, read[: np.argmin(np.append(read, NO_PARENT))].tolist())
-
-    def finish(self, seq: Sequence) -> None:
-        self.model.finish(seq)
-
-    def reset(self) -> None:
-        """Nothing is learned across requests."""
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int) -> _Plan:
+        return _Plan(seq, growth, budget, depth, self.width, self.min_gain)
 
 
 @dataclass(slots=True)
@@ -98,12 +55,15 @@ class _Plan:
     growth: Growth  # what the drafter reads: a node of it is a candidate that was expanded
     budget: int
     depth: int
+    width: int
+    min_gain: float
     tokens: list[int] = field(init=False)
     parents: list[int] = field(default_factory=lambda: [NO_PARENT])
     depths: list[int] = field(default_factory=lambda: [0])
     scores: list[float] = field(default_factory=lambda: [0.0])
     read: list[int] = field(default_factory=lambda: [ROOT])  # candidate -> node of the growth, NO_PARENT: not expanded
     expanded: list[int] = field(default_factory=lambda: [0])  # node of the growth -> candidate
+    noise: dict[int, torch.Tensor] = field(default_factory=dict)  # depth -> [V], which all its nodes share
 
     def __post_init__(self) -> None:
         self.tokens = [self.seq.token_ids[-1]]
@@ -128,8 +88,9 @@ class _Plan:
             best = torch.topk(law, min(BRANCHES, len(law)))
             scores = best.values
         else:
-            position = len(self.seq.token_ids) + depth
-            best = torch.topk(law + self.seq.randomness.gumbel(position, len(law), law.device), min(BRANCHES, len(law)))
+            if depth not in self.noise:
+                self.noise[depth] = self.seq.randomness.gumbel(len(self.seq.token_ids) + depth, len(law), law.device)
+            best = torch.topk(law + self.noise[depth], min(BRANCHES, len(law)))
             scores = torch.log_softmax(best.values / TEMPER, -1)
         kept = scores > float("-inf")
         return best.indices[kept].tolist(), scores[kept].tolist()
@@ -139,11 +100,11 @@ class _Plan:
         order = np.argsort(-np.array(self.scores), kind="stable")  # equal scores: the parent came first
         return sorted(order[: self.budget].tolist())
 
-    def expand(self, width: int, min_gain: float) -> bool:
+    def go_on(self) -> bool:
         """Adds the best unread candidates of the tree to the growth, unless they promise too little."""
         fresh = [node for node in self.best() if self.read[node] == NO_PARENT and self.depths[node] < self.depth]
-        fresh = sorted(fresh, key=lambda node: -self.scores[node])[:width]
-        if not fresh or sum(np.exp(self.scores[node]) for node in fresh) < min_gain:
+        fresh = sorted(fresh, key=lambda node: -self.scores[node])[: self.width]
+        if not fresh or sum(np.exp(self.scores[node]) for node in fresh) < self.min_gain:
             return False
         for node in sorted(fresh):
             self.read[node] = self.growth.add(self.read[self.parents[node]], self.tokens[node])
@@ -151,7 +112,7 @@ class _Plan:
         return True
 
     def tree(self) -> DraftTree:
-        """Its `evidence` [N] is each node's number in the growth."""
+        """The best candidates."""
         nodes = self.best()
         index = {node: i for i, node in enumerate(nodes)} | {NO_PARENT: NO_PARENT}
         kind = None if self.seq.params.temperature == 0 else np.full(len(nodes), Kind.SHARED_NOISE, np.uint8)

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
-from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source, TopK, Verdict
+from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source
 from specdec.sequence import Sequence
 from specdec.sources.draft_model import DraftModel, Growth, log_law
+from specdec.trees.by_model import TreeByModel
 from specdec.verify.legality import check_pair
 from specdec.verify.step import DRAFT
 
@@ -33,7 +33,7 @@ KINDS = {"iid": Kind.IID, "without_replacement": Kind.WITHOUT_REPLACEMENT, "hybr
 RULE_OF = {"iid": "kseq", "without_replacement": "recursive_rejection", "hybrid": "recursive_rejection"}
 
 
-class SampledTree:
+class SampledTree(TreeByModel):
     """Tree builder around one DraftModel.
 
     Args:
@@ -47,43 +47,18 @@ class SampledTree:
         ValueError: no such draw or rule, a rule that is not lossless for the draw, a branching below 1.
     """
 
-    sizes_itself = False
-    top_k = 0
-    compiles = False
-
     def __init__(self, model: DraftModel, draw: str = "hybrid", rule: str | None = None, branching: Seq[int] = (3, 2, 1)) -> None:
         if draw not in KINDS:
             raise ValueError(f"draw must be one of {', '.join(KINDS)}, got {draw!r}")
         if not branching or min(branching) < 1:
             raise ValueError(f"branching must be numbers >= 1, at least one, got {branching!r}")
-        self.model, self.draw, self.branching = model, draw, tuple(branching)
+        super().__init__(model)
+        self.draw, self.branching = draw, tuple(branching)
         self.rule = rule or RULE_OF[draw]
         check_pair(self.rule, KINDS[draw], chain=max(branching) == 1)
-        self.forwards = 0  # of the drafter, for statistics
 
-    def start(self, seq: Sequence) -> None:
-        self.model.start(seq)
-
-    def observe_prompt(self, seq: Sequence, start: int, top: TopK) -> None:
-        """The drafter reads the prompt itself."""
-
-    def build(self, seqs: Seq[Sequence], budgets: Seq[int], depths: Seq[int]) -> list[DraftTree]:
-        limits = [min(depth, self.model.depth_limit(seq)) for seq, depth in zip(seqs, depths)]
-        if min(limits) < 0:  # a text is longer than the drafter's context
-            return [DraftTree.root_only(seq.token_ids[-1]) for seq in seqs]
-        growths, logits = self.model.grow(seqs)
-        levels = [self._levels(budget, limit) for budget, limit in zip(budgets, limits)]
-        plans = [_Draws(seq, growth, self.draw, counts) for seq, growth, counts in zip(seqs, growths, levels)]
-        known = [0] * len(plans)
-        while True:
-            self.forwards += 1
-            for plan, rows, first in zip(plans, logits, known):
-                plan.receive(rows, first)
-            known = [len(growth.tokens) for growth in growths]
-            wanted = [plan.descend() for plan in plans]
-            if not any(wanted):
-                return [plan.tree(self.model.vocab_size) for plan in plans]
-            logits = self.model.extend(seqs, growths, known)
+    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int) -> _Draws:
+        return _Draws(seq, growth, self.draw, self._levels(budget, depth))
 
     def _levels(self, budget: int, depth: int) -> list[int]:
         """Children (or, of the root, paths) of a node at each depth, as deep as the budget goes: at most `budget` nodes in all."""
@@ -99,22 +74,6 @@ class SampledTree:
             counts.append(many)
         return counts
 
-    def update(self, seq: Sequence, tree: DraftTree, verdict: Verdict, top: TopK | None) -> None:
-        """The drafter keeps what it has read of the accepted path."""
-        if isinstance(tree.evidence, int):  # nodes that it has read: the first so many
-            self.model.keep(seq, [int(node) for node in verdict.nodes if node < tree.evidence])
-
-    def finish(self, seq: Sequence) -> None:
-        self.model.finish(seq)
-
-    def reset(self) -> None:
-        """Nothing is learned across requests."""
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
 
 @dataclass(slots=True)
 class _Draws:
@@ -129,7 +88,7 @@ class _Draws:
     kinds: list[int] = field(default_factory=lambda: [int(Kind.DETERMINISTIC)])
     order: list[int] = field(default_factory=lambda: [0])
     counts: list[int] = field(default_factory=lambda: [1])
-    laws: list[np.ndarray | None] = field(default_factory=list)  # of the nodes that were read, [V] float32
+    laws: list[np.ndarray] = field(default_factory=list)  # of the nodes that were read, [V] float32; none at temperature 0
     depth: int = 0  # of the nodes that were read last
 
     def __post_init__(self) -> None:
@@ -143,7 +102,6 @@ class _Draws:
         for node, law in enumerate(laws, first):
             many = self.levels[self.depth]
             if self.seq.params.temperature == 0:
-                self.laws.append(None)
                 self._add_sure(node, law, many)
             elif self.draw == "iid":
                 self.laws.append(law)
@@ -157,7 +115,7 @@ class _Draws:
                 self._add_distinct(node, law, many)
 
     def _add(self, node: int, token: int, kind: Kind, order: int) -> None:
-        self.tokens.append(int(token))
+        self.tokens.append(token)
         self.parents.append(node)
         self.kinds.append(int(kind))
         self.order.append(order)
@@ -165,7 +123,10 @@ class _Draws:
 
     def _add_sure(self, node: int, law: np.ndarray, many: int) -> None:
         """The most probable tokens."""
-        for token in np.argsort(-law, kind="stable")[:many]:
+        left = law.copy()
+        for _ in range(min(many, len(law))):
+            token = int(left.argmax())
+            left[token] = -1.0
             self._add(node, token, Kind.DETERMINISTIC, 0)
 
     def _add_iid(self, node: int, law: np.ndarray, many: int) -> None:
@@ -190,7 +151,7 @@ class _Draws:
     def _pick(self, law: np.ndarray, node: int, draw: int) -> int:
         return self.seq.randomness.pick(law, len(self.seq.token_ids), node, draw, DRAFT)
 
-    def descend(self) -> bool:
+    def go_on(self) -> bool:
         """Adds the nodes of the new level to the growth, unless it is the last."""
         self.depth += 1
         fresh = range(len(self.growth.tokens), len(self.tokens))
@@ -201,16 +162,17 @@ class _Draws:
             self.growth.add(self.parents[node], self.tokens[node])
         return True
 
-    def tree(self, vocab_size: int) -> DraftTree:
-        """Its `evidence` is the number of nodes that the drafter has read."""
+    def tree(self) -> DraftTree:
+        """All that was drawn; the drafter has read the first nodes, in this order."""
         count = len(self.tokens)
         source = np.full(count, Source.MODEL, np.uint8)
         source[ROOT] = Source.ROOT
-        sampled = any(law is not None for law in self.laws)
-        probs = np.zeros((count, vocab_size), np.float32) if sampled else None
+        read = np.arange(count, dtype=np.int32)
+        read[len(self.growth.tokens) :] = NO_PARENT
+        sampled = bool(self.laws)
+        probs = np.zeros((count, len(self.laws[0])), np.float32) if sampled else None
         if probs is not None:
-            for node, law in enumerate(self.laws):
-                probs[node] = law
+            probs[: len(self.laws)] = self.laws
         return DraftTree(
             np.array(self.tokens, np.int64),
             np.array(self.parents, np.int32),
@@ -219,5 +181,5 @@ class _Draws:
             draw_index=np.array(self.order, np.int32) if sampled else None,
             multiplicity=np.array(self.counts, np.int32) if sampled else None,
             probs=probs,
-            evidence=len(self.growth.tokens),
+            evidence=read,
         )
