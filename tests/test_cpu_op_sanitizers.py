@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from cuda_sim.build import CSRC, SANITIZERS, run, run_driver
+from mutations import Mutation, mutate
 
 CXX = os.environ.get("CXX", "g++")
 SOURCES = Path(__file__).parent / "cpu_op"
@@ -155,14 +156,7 @@ def test_linear(tmp_path: Path) -> None:
 # --- planted bugs -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Mutation:
-    layer: str  # what catches it: the comparison with float64, or a sanitizer where every result up to then is right
-    name: str
-    old: str  # once in csrc/cpu/tree_attention*
-    new: str
-
-
+# layer: the comparison with float64, or a sanitizer where every result up to then is right
 MUTATIONS = [
     Mutation("float64", "the window is one key wider", "depth - window + 1 - block.slot", "depth - window - block.slot"),
     Mutation("float64", "rows without a node keep what they had", "std::memset(static_cast<char*>(params_.output)", "if (false) std::memset(static_cast<char*>(params_.output)"),
@@ -183,20 +177,11 @@ CATCHES = {
 }
 
 
-def mutate(folder: Path, mutation: Mutation) -> Path:
-    """A copy of csrc with the bug in it."""
-    shutil.copytree(CSRC, folder / "csrc")
-    files = [path for path in (folder / "csrc/cpu").glob("tree_attention*") if mutation.old in path.read_text()]
-    assert len(files) == 1 and files[0].read_text().count(mutation.old) == 1, f"{mutation.old!r} must occur once"
-    files[0].write_text(files[0].read_text().replace(mutation.old, mutation.new))
-    return folder / "csrc"
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: f"{mutation.layer}: {mutation.name}")
 def test_planted_bug_is_caught(tmp_path: Path, driver: Path, mutation: Mutation) -> None:
     """In the portable kernels, which compile fastest."""
     toolchain = find_toolchain("tsan" if mutation.layer == "tsan" else "asan")
-    program = toolchain.build(tmp_path, driver, "tree_attention", ISAS[:1], mutate(tmp_path, mutation))
+    program = toolchain.build(tmp_path, driver, "tree_attention", ISAS[:1], mutate(tmp_path, mutation, "cpu/tree_attention*"))
     status, output = run_isa(program, ISAS[0], SMALL)
     assert status != 0 and re.search(CATCHES[mutation.layer], output, re.M), f"{status}\n{output[-2000:]}"
     assert mutation.layer == "float64" or "WRONG" not in output

@@ -36,6 +36,7 @@ from cuda_sim.nvcc import (
     toolkit_root,
 )
 from cuda_sim.ptx import translate
+from mutations import Mutation, mutate
 
 pytestmark = [
     pytest.mark.skipif(
@@ -315,14 +316,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
 # --- planted bugs -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Mutation:
-    layer: str  # what catches it: the comparison with float64, a check of the simulator, a sanitizer, the PTX route, ptxas
-    name: str
-    old: str  # once in one file of csrc/cuda
-    new: str
-
-
+# layer: the comparison with float64, a check of the simulator, a sanitizer, the PTX route, ptxas
 MUTATIONS = [
     Mutation("float64", "keys are used before all have arrived", "__syncthreads();  // the keys have arrived, and nobody reads the other stage any more", ""),
     Mutation("float64", "values are used before all have arrived", "__syncthreads();  // the values have arrived\n", "\n"),
@@ -356,15 +350,6 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def mutate(folder: Path, mutation: Mutation) -> Path:
-    """A copy of csrc with the bug in it."""
-    shutil.copytree(CSRC, folder / "csrc")
-    files = [path for path in (folder / "csrc/cuda").iterdir() if mutation.old in path.read_text()]
-    assert len(files) == 1 and files[0].read_text().count(mutation.old) == 1, f"{mutation.old!r} must occur once"
-    files[0].write_text(files[0].read_text().replace(mutation.old, mutation.new))
-    return folder / "csrc"
-
-
 CATCHES: dict[str, Callable[[int, str], bool]] = {
     "float64": lambda status, output: status == 1 and "WRONG" in output,
     "simulator": lambda status, output: status == 3 or (status == 1 and "status=1 " in output),
@@ -383,7 +368,7 @@ def planted(*layers: str) -> pytest.MarkDecorator:
 def test_planted_bug_is_caught(tmp_path: Path, driver: Path, mutation: Mutation) -> None:
     sanitizer = mutation.layer if mutation.layer in ("tsan", "asan") else ""
     like = None if sanitizer else driver
-    program = build_driver(tmp_path, sanitizer, mutate(tmp_path, mutation), kernels=("-O0",), like=like)
+    program = build_driver(tmp_path, sanitizer, mutate(tmp_path, mutation, "cuda/*"), kernels=("-O0",), like=like)
     status, output = run_driver(program, SMALL)
     assert CATCHES[mutation.layer](status, output), f"{mutation.layer} let it pass: {status}\n{output[-2000:]}"
 
@@ -395,7 +380,7 @@ def test_planted_bug_is_caught_in_the_ptx(tmp_path: Path, driver: Path, mutation
     """Bugs of the inline assembly, which the C++ simulator never sees."""
     wide = ["dtype=bf16 D=64 Hq=2 Hkv=1 N=20 P=130 n=17"]
     kernels = list(launches(driver, wide))
-    csrc = mutate(tmp_path, mutation)
+    csrc = mutate(tmp_path, mutation, "cuda/*")
     program = build_translated(tmp_path, driver, kernels, compile_ptx(tmp_path, csrc, ("attend_mma<BFloat16, 64, 4>",)))
     assert CATCHES["float64"](*run_driver(program, wide))
 
@@ -404,7 +389,7 @@ def test_planted_bug_is_caught_in_the_ptx(tmp_path: Path, driver: Path, mutation
 @pytest.mark.slow
 @planted("static")
 def test_planted_bug_is_caught_by_ptxas(tmp_path: Path, driver: Path, mutation: Mutation) -> None:
-    csrc = mutate(tmp_path, mutation)
+    csrc = mutate(tmp_path, mutation, "cuda/*")
     shared = launches(build_driver(tmp_path, csrc=csrc, kernels=("-O0",), like=driver), EVERY_KERNEL)
     _, reports = compile_code(tmp_path, csrc, ("attend_mma<BFloat16, 128, 4>",), (80,))
     with pytest.raises(AssertionError):

@@ -13,43 +13,22 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <iostream>
-#include <limits>
-#include <map>
 #include <memory>
 #include <random>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "../drivers.h"
 #include "tree_attention.h"
 
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kLseTolerance = 1e-5;
+using drivers::Case;
+using drivers::Errors;
 
-struct Case {
-  std::map<std::string, std::string> text;
-  explicit Case(const std::string& line) {
-    std::istringstream words(line);
-    for (std::string word; words >> word;) {
-      const size_t equals = word.find('=');
-      if (equals == std::string::npos) throw std::invalid_argument("not key=value: " + word);
-      text[word.substr(0, equals)] = word.substr(equals + 1);
-    }
-  }
-  const std::string& string(const char* key) const { return text.at(key); }
-  int integer(const char* key) const { return std::stoi(text.at(key)); }
-  std::vector<int32_t> list(const char* key) const {
-    std::vector<int32_t> numbers;
-    std::istringstream items(text.at(key));
-    for (std::string item; std::getline(items, item, ',');) numbers.push_back(std::stoi(item));
-    return numbers;
-  }
-};
+constexpr double kLseTolerance = 1e-5;
 
 // [batch, heads, tokens, dim] twice: as the op reads it, and in double for the plain loop.
 template <class T>
@@ -113,15 +92,6 @@ void parallel_for(void* most, int64_t tasks, void (*task)(void*, int64_t), void*
   for (int64_t i = 0; i < tasks; ++i) threads.emplace_back(task, context, i);
   for (std::thread& thread : threads) thread.join();
 }
-
-struct Errors {
-  double squares = 0, norm = 0, lse = 0;
-  void add(double got, double expected) {
-    squares += (got - expected) * (got - expected);
-    norm += expected * expected;
-  }
-  double relative() const { return norm > 0 ? std::sqrt(squares / norm) : std::sqrt(squares); }
-};
 
 template <class T>
 class Test {
@@ -210,34 +180,13 @@ class Test {
     return errors;
   }
 
-  // One node and head, the slow way: the scores of the slots, their softmax, the mean of their values.
   void compare(const Result& result, int b, int i, int h, const std::vector<int>& slots, Errors& errors) const {
     const int dim = p_.head_dim, kv_head = h / (p_.query_heads / p_.kv_heads);
-    std::vector<double> scores, expected(dim);
-    double largest = -kInfinity, sum = 0;
-    for (int slot : slots) {
-      const double *q = query_->at(b, h, i), *k = keys_->at(b, kv_head, slot);
-      double s = 0;
-      for (int d = 0; d < dim; ++d) s += q[d] * k[d];
-      s *= p_.scale;
-      scores.push_back(p_.softcap > 0 ? p_.softcap * std::tanh(s / p_.softcap) : s);
-      largest = std::max(largest, scores.back());
-    }
-    for (size_t k = 0; k < slots.size(); ++k) {
-      const double weight = std::exp(scores[k] - largest), *v = values_->at(b, kv_head, slots[k]);
-      sum += weight;
-      for (int d = 0; d < dim; ++d) expected[d] += weight * v[d];
-    }
     const int64_t row = (int64_t(b) * p_.nodes + i) * p_.query_heads + h;
-    for (int d = 0; d < dim; ++d) {
-      const double got = float(result.output[row * dim + d]);
-      errors.add(got, slots.empty() ? 0 : expected[d] / sum);
-      if (slots.empty() && got != 0) errors.squares = kInfinity;
-    }
-    if (lse_size_ == 0) return;
-    const double got = result.lse[row];
-    const double difference = slots.empty() ? (got == -kInfinity ? 0 : kInfinity) : std::fabs(got - largest - std::log(sum));
-    errors.lse = difference <= errors.lse ? errors.lse : difference;  // NaN stays
+    errors.add_row(
+        dim, p_.scale, p_.softcap, query_->at(b, h, i), slots.size(), [&](size_t k) { return keys_->at(b, kv_head, slots[k]); },
+        [&](size_t k) { return values_->at(b, kv_head, slots[k]); }, [&](int d) { return float(result.output[row * dim + d]); },
+        lse_size_ == 0 ? nullptr : &result.lse[row]);
   }
 
   std::vector<int32_t> prefix_, counts_;
@@ -259,13 +208,4 @@ bool run(const std::string& line) {
 
 }  // namespace
 
-int main() {
-  bool good = true;
-  try {
-    for (std::string line; std::getline(std::cin, line);) good &= run(line);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "driver: %s\n", error.what());
-    return 2;
-  }
-  return good ? 0 : 1;
-}
+int main() { return drivers::run_cases(run); }

@@ -8,11 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <iostream>
-#include <limits>
-#include <map>
 #include <random>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -23,31 +19,15 @@
 
 #include "../../csrc/cuda/device.cuh"
 #include "../../csrc/tree_attention.h"
+#include "../drivers.h"
 
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int kSpareSlots = 5;  // behind the longest row
+using drivers::Case;
+using drivers::Errors;
+using drivers::kInfinity;
 
-struct Case {
-  std::map<std::string, std::string> text;
-  explicit Case(const std::string& line) {
-    std::istringstream words(line);
-    for (std::string word; words >> word;) {
-      const size_t equals = word.find('=');
-      if (equals == std::string::npos) throw std::invalid_argument("not key=value: " + word);
-      text[word.substr(0, equals)] = word.substr(equals + 1);
-    }
-  }
-  std::string string(const char* key, const char* otherwise) const { return text.count(key) ? text.at(key) : otherwise; }
-  double number(const char* key, double otherwise) const { return text.count(key) ? std::stod(text.at(key)) : otherwise; }
-  std::vector<int32_t> list(const char* key, const char* otherwise) const {
-    std::vector<int32_t> numbers;
-    std::istringstream items(string(key, otherwise));
-    for (std::string item; std::getline(items, item, ',');) numbers.push_back(std::stoi(item));
-    return numbers;
-  }
-};
+constexpr int kSpareSlots = 5;  // behind the longest row
 
 struct DType {
   const char* name;
@@ -186,15 +166,6 @@ void overwrite(TreeAttentionParams& p, const std::string& field, double value) {
   }
 }
 
-struct Errors {
-  double squares = 0, norm = 0, lse = 0;
-  void add(double got, double expected) {
-    squares += (got - expected) * (got - expected);
-    norm += expected * expected;
-  }
-  double relative() const { return norm > 0 ? std::sqrt(squares / norm) : std::sqrt(squares); }
-};
-
 bool run(const std::string& line) {
   const Case c(line);
   const std::string name = c.string("dtype", "fp32");
@@ -271,31 +242,13 @@ bool run(const std::string& line) {
           if (window > 0 && prefix[b] + depth - position >= window) continue;
           if (j < 0 || trees.sees(b, nodes, i, j)) seen.push_back(slot);
         }
-        std::vector<double> scores;
-        double largest = -kInfinity, sum = 0;
-        for (int slot : seen) {
-          double s = 0;
-          for (int d = 0; d < D; ++d) s += query[query_at(b, i, h) + d] * keys[cache_at(b, h / groups, slot) + d];
-          s *= scale;
-          scores.push_back(softcap > 0 ? softcap * std::tanh(s / softcap) : s);
-          largest = std::max(largest, scores.back());
-        }
-        std::vector<double> expected(D);
-        for (size_t k = 0; k < seen.size(); ++k) {
-          const double weight = std::exp(scores[k] - largest);
-          sum += weight;
-          for (int d = 0; d < D; ++d) expected[d] += weight * values[cache_at(b, h / groups, seen[k]) + d];
-        }
         const int64_t row = query_at(b, i, h) / D;
-        for (int d = 0; d < D; ++d) {
-          const double got = decode(type, &output[(row * D + d) * Device::item(type)]);
-          errors.add(got, seen.empty() ? 0 : expected[d] / sum);
-          if (seen.empty() && got != 0) errors.squares = kInfinity;
-        }
-        if (p.lse == nullptr) continue;
-        const double got = reinterpret_cast<const float*>(lse.data())[row];
-        const double difference = seen.empty() ? (got == -kInfinity ? 0 : kInfinity) : std::fabs(got - largest - std::log(sum));
-        errors.lse = difference <= errors.lse ? errors.lse : difference;  // NaN stays
+        errors.add_row(
+            D, scale, softcap, &query[query_at(b, i, h)], seen.size(),
+            [&](size_t k) { return &keys[cache_at(b, h / groups, seen[k])]; },
+            [&](size_t k) { return &values[cache_at(b, h / groups, seen[k])]; },
+            [&](int d) { return decode(type, &output[(row * D + d) * Device::item(type)]); },
+            p.lse == nullptr ? nullptr : reinterpret_cast<const float*>(lse.data()) + row);
       }
   const bool good = errors.relative() <= type.tolerance && errors.lse <= kLseTolerance;  // false for NaN
   std::printf("%s relative=%.2e lse=%.2e %s\n", good ? "ok" : "WRONG", errors.relative(), errors.lse, line.c_str());
@@ -304,13 +257,4 @@ bool run(const std::string& line) {
 
 }  // namespace
 
-int main() {
-  bool good = true;
-  try {
-    for (std::string line; std::getline(std::cin, line);) good &= run(line);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "driver: %s\n", error.what());
-    return 2;
-  }
-  return good ? 0 : 1;
-}
+int main() { return drivers::run_cases(run); }
