@@ -187,7 +187,7 @@ def make_runners(
     """One runner a peer and for "none", one a budget for every other method; their engines may share each prompt's prefill.
 
     Args:
-        drafter: for the methods of DRAFTER_METHODS and for "assisted": a model, or "early_exit:8".
+        drafter: for the methods of DRAFTER_METHODS, "auto" and "assisted": a model, or "early_exit:8".
 
     Raises:
         ValueError: a name that is neither a method nor a peer; a drafter missing.
@@ -197,11 +197,10 @@ def make_runners(
     for method in methods:
         if method in PEERS:
             runners.append(PeerRunner(model, method, drafter))
-        elif method in specdec.METHODS:
+        elif method in specdec.METHODS or method in specdec.DRAFTER_METHODS:
             each = budgets[:1] if method == BASELINE else budgets
-            runners.extend(EngineRunner(model, tokenizer, method, budget, memory) for budget in each)
-        elif method in specdec.DRAFTER_METHODS:
-            runners.extend(EngineRunner(model, tokenizer, method, budget, memory, drafter) for budget in budgets)
+            own = drafter if method in specdec.DRAFTER_METHODS or method == "auto" else None
+            runners.extend(EngineRunner(model, tokenizer, method, budget, memory, own) for budget in each)
         else:
             names = [*specdec.METHODS, *specdec.DRAFTER_METHODS, *PEERS]
             raise ValueError(f"methods must be among {', '.join(names)}, got {method!r}")

@@ -36,6 +36,7 @@ from specdec.sources.draft_model import EarlyExit, make_drafter
 from specdec.target import TargetModel
 from specdec.text import Detokenizer, cut_at_stop, stop_string_check
 from specdec.trees.base import TreeBuilder
+from specdec.trees.by_rate import ByRate
 from specdec.verify.rules import RULES, UNVISITED
 
 __all__ = ["Engine", "Result"]
@@ -101,7 +102,7 @@ class Engine:
         state: file of a state saved by save_state, to start warm.
         prefix_backend: "op", or on CUDA "flash_attn": flash-attn attends to the committed tokens and specdec's op to the trees.
         drafter: a smaller model of the same tokenizer, its folder or hub name, or "early_exit:8" (the model's own first 8 layers);
-            for the methods of specdec.DRAFTER_METHODS.
+            for the methods of specdec.DRAFTER_METHODS and for "auto", which uses it where that is faster.
 
     Raises:
         UnsupportedModelError: the model cannot be accelerated without risking its output.
@@ -534,6 +535,7 @@ class Engine:
             "dtype": str(self.target.dtype),
             **self.target.info(),
             **self.pacer.info(),
+            **(self.builder.info() if isinstance(self.builder, ByRate) else {}),
         }
 
 
@@ -557,14 +559,23 @@ def _refuse_state(rule: str, processors: Any) -> None:
 def warm_up(builder: Any, vocab_size: int, dtype: torch.dtype) -> None:
     """Drive a builder through made-up requests, so that the numba kernels are compiled (or read from the cache) here and not in a
     step of a user's text; what it learned from them is forgotten."""
-    if not HAVE_NUMBA or not isinstance(builder, TreeBuilder) or not getattr(builder, "compiles", True):
+    if not HAVE_NUMBA or not isinstance(builder, TreeBuilder):
         return
     started = time.perf_counter()
-    for request in range(2):  # the second finds the text of the first
-        _made_up_request(builder, vocab_size, dtype, request)
-    builder.reset()
+    for part in _compiled(builder):
+        for request in range(2):  # the second finds the text of the first
+            _made_up_request(part, vocab_size, dtype, request)
+        part.reset()
     if (seconds := time.perf_counter() - started) > 3:
         logger.warning("specdec: compiled the drafting kernels in %.0f s; they are cached for the next process", seconds)
+
+
+def _compiled(builder: Any) -> Iterator[Any]:
+    """The builder and those that it is made of, as far as they run numba kernels."""
+    if getattr(builder, "compiles", True):
+        yield builder
+    for part in getattr(builder, "parts", ()):
+        yield from _compiled(part)
 
 
 def _made_up_request(builder: TreeBuilder, vocab_size: int, dtype: torch.dtype, request: int) -> None:

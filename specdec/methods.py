@@ -11,6 +11,7 @@ from specdec.trees.base import TreeBuilder
 if TYPE_CHECKING:
     from specdec.cost_model import CostModel
     from specdec.sources.draft_model import DraftModel
+    from specdec.trees.by_model import Costs
 
 __all__ = ["DRAFTER_METHODS", "METHODS", "DrafterMethod", "Method", "make_builder"]
 
@@ -88,29 +89,38 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, slots=True)
 class DrafterMethod:
-    """One way to use a draft model."""
+    """One way to use a draft model: `make(draft_model, costs)`; costs is None where the budget is a number."""
 
-    make: Callable[[DraftModel], TreeBuilder]
+    make: Callable[[DraftModel, Any], TreeBuilder]
     summary: str
 
 
-def _drafted(draft_model: DraftModel) -> TreeBuilder:
+def _drafted(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
     from specdec.trees.drafted import DraftedTree
 
-    return DraftedTree(draft_model)
+    return DraftedTree(draft_model, costs=costs)
 
 
-def _sampled(draw: str, rule: str, branching: tuple[int, ...] = (3, 2, 1)) -> Callable[[DraftModel], TreeBuilder]:
-    def make(draft_model: DraftModel) -> TreeBuilder:
+def _spine_and_drafter(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
+    from specdec.sources.suffix_automaton import SuffixSource
+    from specdec.trees.chain import Chain
+    from specdec.trees.drafted import DraftedTree
+
+    return DraftedTree(draft_model, spine=Chain(SuffixSource()), costs=costs)
+
+
+def _sampled(draw: str, rule: str, branching: tuple[int, ...] = (3, 2, 1)) -> Callable[[DraftModel, Any], TreeBuilder]:
+    def make(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
         from specdec.trees.sampled import SampledTree
 
-        return SampledTree(draft_model, draw, rule, branching)
+        return SampledTree(draft_model, draw, rule, branching, costs=costs)
 
     return make
 
 
 DRAFTER_METHODS: dict[str, DrafterMethod] = {
     "draft_model": DrafterMethod(_drafted, "its best continuations, best first; at a temperature by the target's own noise"),
+    "goose_drafter": DrafterMethod(_spine_and_drafter, "a context spine with branches from the drafter; noise as draft_model"),
     "spectr": DrafterMethod(_sampled("iid", "kseq"), "SpecTr: i.i.d. paths, K-SEQ"),
     "optimal_transport": DrafterMethod(_sampled("iid", "optimal_transport"), "i.i.d. paths, the most that they allow to accept"),
     "without_replacement": DrafterMethod(
@@ -125,19 +135,20 @@ DRAFTER_METHODS: dict[str, DrafterMethod] = {
 def make_builder(
     method: str | TreeBuilder, vocab_size: int, cost_model: CostModel | None, draft_model: DraftModel | None = None
 ) -> TreeBuilder:
-    """The tree builder of a method's name, or the builder itself. With a draft model "auto" is "draft_model".
+    """The tree builder of a method's name, or the builder itself.
+
+    With a draft model and a cost model the clock decides (`ByRate`): "auto" is the fastest of best_first and goose_drafter,
+    another method drafts where that is faster than plain steps.
 
     Raises:
         ValueError: no such method, an object that is no TreeBuilder, a draft model missing or of no use to the method.
     """
-    if method == "auto" and draft_model is not None:
-        method = "draft_model"
     if not isinstance(method, (str, type)) and callable(getattr(method, "build", None)):
         builder = method
-    elif method in DRAFTER_METHODS:
+    elif method in DRAFTER_METHODS or (method == "auto" and draft_model is not None):
         if draft_model is None:
             raise ValueError(f'method {method!r} needs a draft model; fix: Engine(model, drafter=...), a model or "early_exit:8"')
-        return DRAFTER_METHODS[method].make(draft_model)
+        return _with_drafter(str(method), vocab_size, cost_model, draft_model)
     elif method in METHODS:
         builder = METHODS[method].make(vocab_size, cost_model)
     else:
@@ -146,3 +157,16 @@ def make_builder(
     if draft_model is not None:
         raise ValueError(f"method {method!r} uses no drafter; fix: one of {', '.join(DRAFTER_METHODS)}, or leave drafter out")
     return builder
+
+
+def _with_drafter(method: str, vocab_size: int, cost_model: CostModel | None, draft_model: DraftModel) -> TreeBuilder:
+    from specdec.pacing import measured_costs
+    from specdec.trees.by_model import Costs
+    from specdec.trees.by_rate import ByRate
+
+    costs = None if cost_model is None else Costs(cost_model, measured_costs(draft_model.reader))
+    name = "goose_drafter" if method == "auto" else method
+    drafting = DRAFTER_METHODS[name].make(draft_model, costs)
+    if method == "auto":
+        return ByRate({"best_first": METHODS["best_first"].make(vocab_size, cost_model), name: drafting})
+    return drafting if costs is None else ByRate({"none": METHODS["none"].make(vocab_size, cost_model), name: drafting})

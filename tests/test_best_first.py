@@ -149,7 +149,7 @@ def test_censored_candidates_teach_nothing() -> None:
     before = initial()
     seq.append([30])
     builder.update(seq, tree, Verdict(np.zeros(1, np.int32), 30), None)
-    after = builder._calibration(seq.params)
+    after = builder._calibrations[seq.params]
     for source in range(SOURCES):
         touched = set(np.flatnonzero(after.trials[source] != before.trials[source]).tolist())
         assert touched == set(evidence.buckets[0, : evidence.counts[0], source].tolist())
@@ -200,12 +200,12 @@ def test_temperature_classes_do_not_mix() -> None:
     greedy, warm = make_seq([1, 2, 3] * 5, 0), make_seq([1, 2, 3] * 5, 1, temperature=1.0)
     for seq in (greedy, warm):
         builder.start(seq)
-    before = builder._calibration(greedy.params).trials.copy()
+    before = builder._calibrations[greedy.params].trials.copy()
     play(builder, warm, [1, 2, 3] * 5)
-    assert np.array_equal(builder._calibration(greedy.params).trials, before)
+    assert np.array_equal(builder._calibrations[greedy.params].trials, before)
     for step in range(100):
-        builder._calibration(SamplingParams(temperature=0.1 + step / 10))
-    assert len(builder._calibrations) <= 32
+        assert builder._calibrations[SamplingParams(temperature=0.1 + step / 10)] is not None
+    assert len(builder._calibrations._of) <= 32
 
 
 def test_size_follows_the_cost_and_speculation_stops_and_resumes() -> None:

@@ -7,14 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import make_tiny_llama
 from specdec import DRAFTER_METHODS, Engine, SamplingParams, accelerate
-from specdec.draft_tree import DraftTree
+from specdec.cost_model import CostModel
+from specdec.draft_tree import DraftTree, Source
 from specdec.sources.draft_model import DraftModel, check_tokenizers, first_layers
+from specdec.sources.suffix_automaton import SuffixSource
 from specdec.target import TargetModel
+from specdec.trees.by_model import Costs
+from specdec.trees.chain import Chain
 from specdec.trees.drafted import DraftedTree
 
 PROMPTS = [[5, 9, 2, 7], [11, 3, 11, 3, 11, 3, 8], [1], list(range(3, 60))]
@@ -116,13 +121,13 @@ def test_the_cache_keeps_step(sharp: Any) -> None:
     with running(engine):
         for _ in range(6):
             engine.step()
-            growths, logits = model.grow(engine.rows)
+            growths, logits = model.grow(engine.rows, [()] * len(engine.rows))
             for seq, growth, row in zip(engine.rows, growths, logits):
                 assert model.cache.lengths[seq.row] == len(seq.token_ids) - 1
                 assert growth.tokens == [seq.token_ids[-1]]
                 fresh = DraftModel(model._model, model.vocab_size)
                 alone = type(seq)(0, list(seq.token_ids), GREEDY, seq.randomness, row=0)
-                torch.testing.assert_close(row, fresh.grow([alone])[1][0], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(row, fresh.grow([alone], [()])[1][0], rtol=1e-4, atol=1e-4)
     assert model._owners == []
 
 
@@ -162,7 +167,7 @@ def test_early_exit_reads_the_same_as_the_first_layers_alone(sharp: Any) -> None
     with running(engine):
         for _ in range(4):
             engine.step()
-            _, logits = drafter.grow(engine.rows)
+            _, logits = drafter.grow(engine.rows, [()] * len(engine.rows))
             for seq, row in zip(engine.rows, logits):
                 with torch.inference_mode():
                     expected = first_layers(sharp, 1)(torch.tensor([seq.token_ids])).logits[0, -1:]
@@ -188,15 +193,81 @@ def test_bad_drafters(sharp: Any, options: dict[str, Any], message: str) -> None
 def test_a_loaded_drafter(sharp: Any, tiny_folder: str, tiny_tokenizer: Any) -> None:
     engine = Engine(sharp, tiny_tokenizer, drafter=tiny_folder, budget=8)
     assert engine.generate(PROMPTS[0], GREEDY).token_ids == Engine(sharp, method="none").generate(PROMPTS[0], GREEDY).token_ids
-    assert type(engine.builder).__name__ == "DraftedTree"
+    assert type(engine.builder).__name__ == "ByRate"
 
 
 def test_accelerate_with_a_drafter(sharp: Any) -> None:
     ids = torch.tensor([PROMPTS[1]])
     expected = sharp.generate(ids, max_new_tokens=20, do_sample=False)
-    with accelerate(sharp, drafter=perturbed(sharp, 0.3)) as engine:
+    with accelerate(sharp, method="draft_model", budget=8, drafter=perturbed(sharp, 0.3)) as engine:
         assert torch.equal(sharp.generate(ids, max_new_tokens=20, do_sample=False), expected)
     assert engine.builder.forwards > 0
+
+
+def with_spine(model: Any, drafter: Any, **options: Any) -> tuple[Engine, DraftedTree]:
+    return drafted(model, drafter, spine=Chain(SuffixSource()), **options)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(max_new_tokens=30, temperature=0.9, top_k=20, seed=3)])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_spine_changes_no_text(sharp: Any, noise: float, params: SamplingParams) -> None:
+    engine, builder = with_spine(sharp, perturbed(sharp, noise))
+    found = same_as_plain(engine, sharp, params)
+    assert [engine.generate(prompt, GREEDY).token_ids for prompt in PROMPTS] == [
+        result.token_ids for result in same_as_plain(engine, sharp, GREEDY)
+    ]
+    assert builder.model._owners == [] and builder._match == {}
+    if noise == 0.0:
+        assert sum(len(result.token_ids) for result in found) > 3 * sum(result.steps for result in found)
+
+
+def test_the_drafter_reads_the_spine_in_its_first_forward(sharp: Any) -> None:
+    """One forward, and every node of the spine has the drafter's children; its own laws are those along the spine."""
+    engine, builder = with_spine(sharp, perturbed(sharp, 0.3), min_gain=99.0)
+    prompt = [5, 9, 2, 7, 30, 31, 32, 5, 9, 2, 7]
+    with engine._running(engine._sequences([prompt], [GREEDY])):
+        engine._admit()
+        before = builder.forwards
+        seq = engine.rows[0]
+        spine = builder.guesses(seq, 6)
+        assert spine == builder.spine.source.chain(seq, 6).tokens.tolist() and len(spine) >= 2  # type: ignore[union-attr]
+        (tree,) = builder.build([seq], [60], [9])
+        assert builder.forwards == before + 1
+        node = 0
+        for token in spine:
+            assert np.isin(tree.children(node), np.flatnonzero(tree.source == Source.MODEL)).sum() >= 4
+            node = tree.child(node, token)
+            assert node > 0 and tree.source is not None and tree.source[node] == Source.CONTEXT
+        fresh = DraftModel(builder.model._model, builder.model.vocab_size)
+        alone = type(seq)(0, [*seq.token_ids, *spine[:1]], GREEDY, seq.randomness, row=0)
+        best = int(fresh.grow([alone], [()])[1][0].argmax())
+        assert tree.child(tree.child(0, spine[0]), best) > 0
+
+
+def test_costs_decide_how_deep_a_tree_is(sharp: Any) -> None:
+    """A drafter whose forwards are cheap drafts deep; one as dear as the target drafts one level; the text is the same."""
+    steps = {}
+    for seconds in (1e-4, 0.2, 1e4):
+        tables = [{(1, nodes, 0): cost for nodes in (1, 8, 64)} for cost in (1.0, seconds)]
+        engine, builder = drafted(sharp, sharp, costs=Costs(*map(CostModel, tables)))
+        builder.costs.drafter.observe = lambda *seen: None  # type: ignore[method-assign, union-attr]
+        found = same_as_plain(engine, sharp, GREEDY)
+        steps[seconds] = sum(result.steps for result in found)
+        if seconds == 1e4:
+            assert builder.forwards <= max(result.steps for result in found) + len(PROMPTS)
+    assert steps[1e-4] < steps[0.2] < steps[1e4]
+
+
+@pytest.mark.parametrize("method", ["auto", *DRAFTER_METHODS])
+def test_the_clock_decides_between_drafting_and_not(sharp: Any, method: str, tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    engine = Engine(sharp, method=method, drafter=perturbed(sharp, 0.3))
+    same_as_plain(engine, sharp, GREEDY)
+    same_as_plain(engine, sharp, GREEDY)
+    assert len(engine.info()["tokens_per_second"]) == 2
+    assert engine.builder.forwards > 0  # type: ignore[attr-defined]
+    engine.reset()
+    assert engine.info()["tokens_per_second"] == {}
 
 
 def test_tokenizers_must_agree() -> None:

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from enumeration import direct_law, distance
+from enumeration import Chance, EnumeratingRandomness, direct_law, distance, exact_law, speculate
 from oracles_verify import PROMPT, Toy, draft_law, joint_law, make_sequence, step_law
 from specdec import Engine, SamplingParams
+from specdec.cost_model import CostModel
 from specdec.draft_tree import DraftTree, Kind
 from specdec.randomness import Randomness
 from specdec.sequence import Sequence
 from specdec.sources.draft_model import DraftModel, Growth
+from specdec.trees.by_model import Costs
 from specdec.trees.sampled import SampledTree
 from specdec.verify.rules import RULES
 from test_draft_model import GREEDY, PROMPTS, perturbed, same_as_plain, sharp
@@ -42,7 +44,8 @@ class ToyDrafter:
     def depth_limit(self, seq: Sequence) -> int:
         return 99
 
-    def grow(self, seqs: Seq[Sequence]) -> tuple[list[Growth], list[torch.Tensor]]:
+    def grow(self, seqs: Seq[Sequence], guesses: Seq[Seq[int]]) -> tuple[list[Growth], list[torch.Tensor]]:
+        assert not any(guesses)
         return [Growth(seq.token_ids[-1]) for seq in seqs], [self.toy(seq.token_ids)[None] for seq in seqs]
 
     def extend(self, seqs: Seq[Sequence], growths: Seq[Growth], known: Seq[int]) -> list[torch.Tensor]:
@@ -86,6 +89,68 @@ def test_law_is_exact(vocab_size: int, draw: str, branching: tuple[int, ...], ru
         assert distance(law, direct_law(target, PROMPT, 3)) < EXACT
         if rule != "block":
             assert all(len(tree) <= 20 for tree, _ in trees)
+
+
+def costs(forward: float = 0.3) -> Costs:
+    """A target whose forwards cost 1 (and a little for every node), a drafter whose forwards cost `forward`."""
+    sizes = (1, 2, 4, 8, 16)
+    target = {(1, nodes, 0): 1 + 0.02 * nodes for nodes in sizes}
+    return Costs(CostModel(target), CostModel({(1, nodes, 0): forward for nodes in sizes}))
+
+
+SHAPES = [
+    ("iid", (2,), "kseq"), ("iid", (2,), "optimal_transport"), ("iid", (2,), "traversal"), ("iid", (1,), "block"),
+    ("without_replacement", (2, 2), "recursive_rejection"), ("without_replacement", (2, 2), "traversal"),
+    ("without_replacement", (1,), "block"), ("hybrid", (2, 2), "recursive_rejection"), ("hybrid", (2, 1), "traversal"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("draw", "branching", "rule"), SHAPES)
+@pytest.mark.parametrize("options", [{"confidence": 0.4}, {"costs": costs()}, {"confidence": 0.3, "costs": costs(0.1)}])
+def test_law_is_exact_where_drafting_stops_early(
+    draw: str, branching: tuple[int, ...], rule: str, options: dict[str, Any]
+) -> None:
+    target = Toy(3, seed=3)
+    drafter: Any = ToyDrafter(Toy(3, seed=53, near=target, quality=0.4, scale=2.0))
+    trees = trees_of(SampledTree(drafter, draw, rule, branching, **options), 20, 2)
+    if draw == "without_replacement" and "confidence" in options:
+        assert len({tuple(tree.depths) for tree, _ in trees}) > 1  # the shape depends on the draws
+    law = joint_law(step_law(RULES[rule], trees, target), target)
+    assert distance(law, direct_law(target, PROMPT, 3)) < EXACT
+
+
+@pytest.mark.parametrize(("draw", "branching", "rule"), SHAPES)
+def test_law_is_exact_over_steps_that_the_builder_learns_from(draw: str, branching: tuple[int, ...], rule: str) -> None:
+    """Consecutive steps with the real keys; what a step was worth decides the shape of the next."""
+    target = Toy(vocab_size := 2 if draw == "iid" else 3, seed=3)
+    drafter: Any = ToyDrafter(Toy(vocab_size, seed=53, near=target, quality=0.4))
+    shapes = set()
+
+    def run(chance: Chance) -> tuple[int, ...]:
+        builder = SampledTree(drafter, draw, rule, branching, confidence=0.45, costs=costs())
+        seq = Sequence(
+            0, list(PROMPT), SamplingParams(temperature=1.0, max_new_tokens=3), EnumeratingRandomness(chance, 7, (0, 0))
+        )
+
+        def build(seq: Sequence) -> DraftTree:
+            (tree,) = builder.build([seq], [20], [seq.remaining - 1])
+            shapes.add((len(seq.output_ids), tuple(tree.depths)))
+            return tree
+
+        return tuple(speculate(target, RULES[rule], build, lambda *seen: builder.update(*seen, None), seq).output_ids)
+
+    assert distance(exact_law(run), direct_law(target, PROMPT, 3)) < EXACT
+    assert len(shapes) > 1
+
+
+def test_no_level_is_drawn_that_does_not_pay() -> None:
+    drafter: Any = ToyDrafter(Toy(4, seed=4, scale=3.0))
+    seq = make_sequence()
+    depth = {}
+    for forward in (0.001, 0.1, 50.0):
+        (tree,) = SampledTree(drafter, "hybrid", None, (2, 1), costs=costs(forward)).build([seq], [16], [8])
+        depth[forward] = int(tree.depths.max())
+    assert depth[0.001] > depth[0.1] > depth[50.0] == 1
 
 
 def test_a_law_recorded_wrong_is_seen() -> None:

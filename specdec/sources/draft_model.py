@@ -119,21 +119,32 @@ class DraftModel:
 
     # ---- drafting -------------------------------------------------------------------------------------------------------
 
-    def grow(self, seqs: Seq[Sequence]) -> tuple[list[Growth], list[torch.Tensor]]:
-        """Read the texts up to their roots: a Growth and the root's logits [1, V] for each, consecutive rows."""
+    def grow(self, seqs: Seq[Sequence], guesses: Seq[Seq[int]]) -> tuple[list[Growth], list[torch.Tensor]]:
+        """Read the texts up to their roots, and behind each root a chain of guesses: a Growth and its logits [1 + G, V] for each.
+
+        Args:
+            seqs: in consecutive rows.
+            guesses: tokens that may follow each text, of the drafter's vocabulary; they become nodes 1 ... G of the growth.
+        """
         chains = []
-        for seq in seqs:
+        for seq, more in zip(seqs, guesses):
             self._claim(seq)
             fresh = [self._readable(token) for token in seq.token_ids[self.cache.lengths[seq.row] :]]
             if len(fresh) > CATCH_UP:
                 self.reader.prefill(self.cache, seq.row, fresh[:-1])
                 fresh = fresh[-1:]
-            chains.append(DraftTree.chain(fresh))
+            chains.append(DraftTree.chain([*fresh, *more]))
         logits = self.reader.forward(self.cache, chains, first_row=seqs[0].row)
-        for seq, chain in zip(seqs, chains):
-            self.cache.commit(seq.row, range(len(chain) - 1))  # all but the root, which stays the first uncommitted node
-        last = [self._common(logits[row, len(chain) - 1 : len(chain)]) for row, chain in enumerate(chains)]
-        return [Growth(self._readable(seq.token_ids[-1])) for seq in seqs], last
+        growths, found = [], []
+        for row, (seq, chain, more) in enumerate(zip(seqs, chains, guesses)):
+            root = len(chain) - len(more) - 1
+            self.cache.commit(seq.row, range(root))  # the root stays the first uncommitted node, the guesses follow it
+            growth = Growth(int(chain.tokens[root]))
+            for parent, token in enumerate(more):
+                growth.add(parent, token)
+            growths.append(growth)
+            found.append(self._common(logits[row, root : len(chain)]))
+        return growths, found
 
     def extend(self, seqs: Seq[Sequence], growths: Seq[Growth], known: Seq[int]) -> list[torch.Tensor]:
         """Read the nodes from known[i] on of each growth: their logits, [M_i, V] each."""

@@ -4,8 +4,9 @@ Life cycle of one request: start -> observe_prompt (once a prefill chunk) -> (bu
 sources and forwards these calls to them; per-request state is keyed by `seq.id` and freed in `finish`; what was learned across
 requests lives until `reset`.
 
-Two more attributes a builder may have: `rule`, the acceptance rule of its trees ("match" without it, see specdec.verify.rules), and
-`compiles = False`, if it runs no numba kernels that the engine should have compiled before the first request.
+More attributes a builder may have: `rule`, the acceptance rule of its trees ("match" without it, see specdec.verify.rules);
+`compiles = False`, if it runs no numba kernels that the engine should have compiled before the first request; `parts`, the builders
+that it is made of; `model`, its DraftModel.
 """
 
 from __future__ import annotations

@@ -26,14 +26,14 @@ from specdec.sequence import SamplingParams, Sequence
 from specdec.sources.context_table import ContextTable, TableArrays
 from specdec.sources.ngram import SEPARATOR, IndexArrays, NgramIndex
 from specdec.trees.calibration import Calibration, initial, learn, score
-from specdec.trees.evidence import CONTEXTS, LEFTOVERS, SOURCES, TAIL, Evidence, collect, new_evidence
+from specdec.trees.evidence import CONTEXTS, LEFTOVERS, NO_TOKEN, SOURCES, TAIL, Evidence, collect, new_evidence
+from specdec.trees.per_class import PerClass
 
 __all__ = ["BestFirst"]
 
 MIN_PROB = 0.001  # less probable nodes are not worth their host time, whatever the budget
 MAX_DEPTH = 64
 RESUME = 1.05  # speculation resumes at this predicted gain over plain steps, and ends below 1
-MAX_CLASSES = 32  # calibrations kept, one a temperature class
 
 
 class _Growth(NamedTuple):
@@ -227,7 +227,7 @@ class BestFirst:
         self._shared = NgramIndex(capacity=shared_tokens)
         self._table = ContextTable(self.top_k, table_rows)
         self._requests: dict[int, _Request] = {}
-        self._calibrations: dict[tuple[float, ...], Calibration] = {}
+        self._calibrations: PerClass[Calibration] = PerClass(initial)
         self._speculating = True
 
     def start(self, seq: Sequence) -> None:
@@ -252,14 +252,13 @@ class BestFirst:
 
     def update(self, seq: Sequence, tree: DraftTree, verdict: Verdict, top: TopK | None) -> None:
         """Learn from every candidate of the visited nodes, and from the logits of all nodes; rows of -1 in `top` are skipped."""
-        draft = tree.evidence
-        if not isinstance(draft, _Draft):
-            return  # a plain step that this builder was not asked about
-        nodes = verdict.nodes
-        outcomes = np.append(tree.tokens[nodes[1:]], verdict.next_token)
-        _learn_path(draft.evidence, nodes, outcomes, self._calibration(seq.params))
+        draft, nodes = tree.evidence, verdict.nodes
+        if isinstance(draft, _Draft):
+            outcomes = np.append(tree.tokens[nodes[1:]], verdict.next_token)
+            _learn_path(draft.evidence, nodes, outcomes, self._calibrations[seq.params])
         if top is not None:
-            self._table.observe_nodes(draft.evidence.tails, nodes, top)
+            tails = draft.evidence.tails if isinstance(draft, _Draft) else _tails(seq, tree, len(nodes))
+            self._table.observe_nodes(tails, nodes, top)
             self._requests[seq.id].weigh(top, int(nodes[-1]))
 
     def finish(self, seq: Sequence) -> None:
@@ -278,7 +277,7 @@ class BestFirst:
     def state(self) -> dict[str, Any]:
         """The table, the text of finished requests and the calibration of greedy decoding."""
         table = {f"table.{name}": array for name, array in self._table.state().items()}
-        calibration = self._calibrations.get(_class(SamplingParams()), initial())
+        calibration = self._calibrations[SamplingParams()]
         learned = {f"calibration.{name}": array for name, array in calibration._asdict().items()}
         return {**table, **learned, "shared.tokens": self._shared.tokens.copy()}
 
@@ -297,17 +296,9 @@ class BestFirst:
             raise ValueError("state has no shared.tokens; pass what BestFirst.state() returned")
         self._table.load_state({name[6:]: array for name, array in state.items() if name.startswith("table.")})
         learned = [np.array(state[f"calibration.{name}"], np.float64) for name in Calibration._fields]
-        self._calibrations[_class(SamplingParams())] = Calibration(*learned)
+        self._calibrations[SamplingParams()] = Calibration(*learned)
         self._shared.clear()
         self._shared.extend(state["shared.tokens"])
-
-    def _calibration(self, params: SamplingParams) -> Calibration:
-        key = _class(params)
-        if key not in self._calibrations:
-            while len(self._calibrations) >= MAX_CLASSES:
-                del self._calibrations[next(iter(self._calibrations))]
-            self._calibrations[key] = initial()
-        return self._calibrations[key]
 
     def _build(self, seq: Sequence, budget: int, depth: int) -> DraftTree:
         request = self._requests[seq.id]
@@ -318,7 +309,7 @@ class BestFirst:
         growth = _room(budget, tail[-1])
         count = _grow(
             request.index.arrays, self._shared.arrays, self._table.arrays, request.rivals.copy(), request.rival_probs.copy(),
-            self._calibration(seq.params), evidence, min(depth, MAX_DEPTH), growth,
+            self._calibrations[seq.params], evidence, min(depth, MAX_DEPTH), growth,
         )  # fmt: skip
         return DraftTree(
             growth.tokens[:count],
@@ -341,8 +332,12 @@ class BestFirst:
         return size if self._speculating else 1
 
 
-def _class(params: SamplingParams) -> tuple[float, ...]:
-    """Requests whose acceptance is alike: greedy ones, and those of about equal temperature and cuts."""
-    if params.temperature == 0:
-        return (0.0,)
-    return (round(params.temperature, 1), float(params.top_k), round(params.top_p, 1), round(params.min_p, 1))
+def _tails(seq: Sequence, tree: DraftTree, emitted: int) -> np.ndarray:
+    """[N, TAIL] int32: the last tokens up to and with each node of a tree that another builder drafted."""
+    tails = np.full((len(tree), TAIL), NO_TOKEN, np.int32)
+    text = seq.token_ids[: len(seq.token_ids) - emitted][-TAIL:]
+    tails[0, TAIL - len(text) :] = text
+    for node in range(1, len(tree)):
+        tails[node, :-1] = tails[tree.parents[node], 1:]
+        tails[node, -1] = tree.tokens[node]
+    return tails

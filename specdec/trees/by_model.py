@@ -1,18 +1,43 @@
-"""TreeByModel: what the builders around a DraftModel share: the life cycle of a request, and the loop over the drafter's forwards."""
+"""TreeByModel: what the builders around a DraftModel share: the life cycle of a request, and the loop over the drafter's forwards.
+
+With measured costs a further forward of the drafter is made only where it pays. Worked example: the tree so far is worth 2.5
+tokens and a step with it takes 50 + 20 ms; another forward of 10 ms is expected to add .5 tokens: 3.0 / 80 beats 2.5 / 70, so it
+is made; at .3 tokens it would not be. Whether to draft at all is not decided here: `ByRate` compares with not drafting.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from specdec.cost_model import CostModel
 from specdec.draft_tree import NO_PARENT, DraftTree, TopK, Verdict
 from specdec.sequence import Sequence
 from specdec.sources.draft_model import DraftModel, Growth
+from specdec.trees.per_class import PerClass
+from specdec.trees.trust import Trust
 
-__all__ = ["Plan", "TreeByModel"]
+__all__ = ["Costs", "Drafted", "Plan", "TreeByModel"]
+
+
+class Costs(NamedTuple):
+    """Measured seconds of a forward."""
+
+    target: CostModel
+    drafter: CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """`evidence` of these trees."""
+
+    read: np.ndarray  # [N] int32, each node's number in the growth; NO_PARENT where the drafter has not read it
+    plan: Plan
 
 
 class Plan(Protocol):
@@ -21,27 +46,53 @@ class Plan(Protocol):
     def receive(self, logits: torch.Tensor, first: int) -> None:
         """Logits [M, V] of the growth's nodes from `first` on."""
 
-    def go_on(self) -> bool:
-        """Adds to the growth what the drafter shall read next; False: nothing."""
+    def fresh(self) -> list[int]:
+        """The nodes that the drafter would read next; none: the tree is complete."""
 
-    def tree(self) -> DraftTree:
-        """Its `evidence` [N] int32 is each node's number in the growth, NO_PARENT where the drafter has not read it."""
+    def promise(self, nodes: Seq[int]) -> float:
+        """Tokens that the children of these nodes are expected to add to the accepted path."""
+
+    def expected(self) -> np.ndarray:
+        """[M] float64: tokens that a step is expected to emit with the best m nodes, m = 1 ... M."""
+
+    def size_with(self, nodes: Seq[int]) -> int:
+        """Nodes of the tree when `nodes` have been read and have children."""
+
+    def read(self, nodes: Seq[int]) -> None:
+        """Adds them to the growth."""
+
+    def tree(self, size: int) -> DraftTree:
+        """The tree, of at most `size` nodes where the builder may choose; its `evidence` is a Drafted."""
+
+    def learn(self, tree: DraftTree, verdict: Verdict) -> None:
+        """What the target said after the nodes that it visited."""
 
 
 class TreeByModel:
-    """Tree builder around one DraftModel, which belongs to it alone."""
+    """Tree builder around one DraftModel, which belongs to it alone.
 
-    sizes_itself = False
+    Args:
+        model: drafts.
+        costs: measured times, by which the tree's depth and size are chosen; None: as large as the budget allows.
+    """
+
     top_k = 0
     compiles = False
+    prunes = False  # may leave nodes out of a tree for what they are: no rule but `match` allows it
 
-    def __init__(self, model: DraftModel) -> None:
-        self.model = model
+    def __init__(self, model: DraftModel, costs: Costs | None = None) -> None:
+        self.model, self.costs = model, costs
+        self.sizes_itself = costs is not None
         self.forwards = 0  # of the drafter, for statistics
+        self.trusts: PerClass[Trust] = PerClass(Trust)
 
-    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int) -> Plan:
-        """A tree of at most `budget` nodes and this depth."""
+    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int, trust: Trust) -> Plan:
+        """A tree of at most `budget` nodes and this depth; the growth may hold nodes beside the root, which are read with it."""
         raise NotImplementedError
+
+    def guesses(self, seq: Sequence, longest: int) -> list[int]:
+        """Tokens that may follow the text, to be read together with the root."""
+        return []
 
     def start(self, seq: Sequence) -> None:
         self.model.start(seq)
@@ -53,33 +104,81 @@ class TreeByModel:
         limits = [min(depth, self.model.depth_limit(seq)) for seq, depth in zip(seqs, depths)]
         if min(limits) < 0:  # a text is longer than the drafter's context
             return [DraftTree.root_only(seq.token_ids[-1]) for seq in seqs]
-        growths, logits = self.model.grow(seqs)
-        plans = [self.plan(seq, growth, budget, limit) for seq, growth, budget, limit in zip(seqs, growths, budgets, limits)]
-        known = [0] * len(plans)
+        begin = time.perf_counter()
+        guesses = [self.guesses(seq, min(budget - 1, limit)) for seq, budget, limit in zip(seqs, budgets, limits)]
+        growths, logits = self.model.grow(seqs, guesses)
+        plans = [
+            self.plan(seq, growth, budget, limit, self.trusts[seq.params])
+            for seq, growth, budget, limit in zip(seqs, growths, budgets, limits)
+        ]
+        known, started = [0] * len(plans), begin
+        context = max(len(seq.token_ids) for seq in seqs)
         while True:
             self.forwards += 1
             for plan, rows, first in zip(plans, logits, known):
                 plan.receive(rows, first)
-            known = [len(growth.tokens) for growth in growths]
-            wanted = [plan.go_on() for plan in plans]
-            if not any(wanted):
-                return [plan.tree() for plan in plans]
+            now = time.perf_counter()
+            if self.costs is not None and known[0]:  # the first forward reads the text's last tokens too
+                width = max(len(growth.tokens) - old for growth, old in zip(growths, known))
+                self.costs.drafter.observe(width, context, len(seqs), now - started)
+            known, started = [len(growth.tokens) for growth in growths], now
+            fresh = [plan.fresh() for plan in plans]
+            size = self._best_size(plans, context, now - begin)
+            if not any(fresh) or not self._pays(plans, fresh, size, context, now - begin):
+                return [plan.tree(size) for plan in plans]
+            for plan, nodes in zip(plans, fresh):
+                plan.read(nodes)
             logits = self.model.extend(seqs, growths, known)
 
+    def _best_size(self, plans: Seq[Plan], context: int, spent: float) -> int:
+        """Nodes of the largest tree of the batch, by tokens a second; `spent` seconds are gone whatever it is."""
+        most = max(len(plan.expected()) for plan in plans)
+        if self.costs is None or not self.prunes:
+            return most
+        expected = _together(plans)
+        sizes, seconds = self.costs.target.curve(context, len(plans))
+        reached = np.minimum(sizes, most)
+        return int(reached[np.argmax(expected[reached - 1] / (seconds + spent))])
+
+    def _pays(self, plans: Seq[Plan], fresh: Seq[list[int]], size: int, context: int, spent: float) -> bool:
+        """Whether a forward of the drafter over the fresh nodes raises the expected tokens a second."""
+        if self.costs is None:
+            return True
+        rows = len(plans)
+        gained = sum(plan.promise(nodes) for plan, nodes in zip(plans, fresh))
+        worth = _together(plans)[size - 1]
+        now = self.costs.target.seconds(size, context, rows) + spent
+        larger = size if self.prunes else max(plan.size_with(nodes) for plan, nodes in zip(plans, fresh))
+        then = self.costs.target.seconds(larger, context, rows) + spent
+        then += self.costs.drafter.seconds(max(map(len, fresh)), context, rows)
+        return bool((worth + gained) * now > worth * then)
+
     def update(self, seq: Sequence, tree: DraftTree, verdict: Verdict, top: TopK | None) -> None:
-        """The drafter keeps what it has read of the accepted path."""
-        if not isinstance(tree.evidence, np.ndarray):  # the engine's own root, which the drafter has not read
+        """The drafter keeps what it has read of the accepted path, and learns how far to trust itself."""
+        if not isinstance(tree.evidence, Drafted):  # a root that the drafter has not read
             return
-        read = tree.evidence[verdict.nodes]
+        read = tree.evidence.read[verdict.nodes]
         self.model.keep(seq, read[: np.argmin(np.append(read, NO_PARENT))].tolist())
+        tree.evidence.plan.learn(tree, verdict)
 
     def finish(self, seq: Sequence) -> None:
         self.model.finish(seq)
 
     def reset(self) -> None:
-        """Nothing is learned across requests."""
+        """Forget how far the drafter can be trusted."""
+        self.trusts.clear()
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+def _together(plans: Seq[Plan]) -> np.ndarray:
+    """[M] expected tokens of all rows when each has its best m nodes."""
+    curves = [plan.expected() for plan in plans]
+    total = np.zeros(max(map(len, curves)))
+    for curve in curves:
+        total[: len(curve)] += curve
+        total[len(curve) :] += curve[-1]
+    return total

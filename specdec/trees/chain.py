@@ -59,8 +59,13 @@ class Chain:
 
     def update(self, seq: Sequence, tree: DraftTree, verdict: Verdict, top: TopK | None) -> None:
         """Show the source every token that was emitted since the last call."""
-        self.source.update(seq, seq.token_ids[self._seen[seq.id] :])
-        self._seen[seq.id] = len(seq.token_ids)
+        self.catch_up(seq)
+
+    def catch_up(self, seq: Sequence) -> None:
+        """The source has seen the whole text."""
+        if fresh := seq.token_ids[self._seen[seq.id] :]:
+            self.source.update(seq, fresh)
+            self._seen[seq.id] = len(seq.token_ids)
 
     def finish(self, seq: Sequence) -> None:
         self.source.finish(seq)

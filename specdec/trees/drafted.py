@@ -1,33 +1,47 @@
 """DraftedTree: a draft model's most probable continuations, grown best first; at a temperature, with the target's own noise.
 
-Greedy (OPT-Tree, arXiv 2406.17276; EAGLE-2, 2406.16858): the score of a node is the drafter's probability of its path, and the tree is
-the best nodes of all. Each forward of the drafter reads the best unread nodes, until what a further one could add is not worth it.
+Greedy (OPT-Tree, arXiv 2406.17276; EAGLE-2, 2406.16858): every edge has a chance of being the target's token, which is learned from
+the drafter's probability (`trust`); the chance of a node is the product along its path, and the tree is the best nodes of all.
+Each forward of the drafter reads the best unread nodes, until a further one does not pay.
 
 Sampling (verification.md 4.5): the target's token at a position is argmax(log p + g) with noise g keyed by the position, so the
 children are the best tokens of log q + g, the very same noise. `match` follows the target's token whatever was drafted: the text
 is that of plain sampling with this seed. How far ahead of the others a token is says how likely it is the target's::
 
     log q + g = 1.9, 1.2, -0.3   ->   exp(s / TEMPER) normalised: .79, .20, .01
+
+With a chain source, whose continuation of the text is the spine, this is Goose (2604.02047) with a model as its second source: the
+first forward reads the root and the whole spine, so that every node of the spine gets the drafter's branches at once::
+
+    the - cat - sat - on        the spine, from an earlier "the cat sat on"
+     |     |
+    dog   is                    the drafter's branches; a spine token that the drafter expects too counts for more
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source
+from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source, Verdict
 from specdec.sequence import Sequence
 from specdec.sources.draft_model import DraftModel, Growth, log_law
-from specdec.trees.by_model import TreeByModel
+from specdec.trees.base import TreeBuilder
+from specdec.trees.by_model import Costs, Drafted, TreeByModel
+from specdec.trees.chain import Chain
+from specdec.trees.trust import Trust
 
 __all__ = ["DraftedTree"]
 
 BRANCHES = 8  # children of a node that are looked at
 WIDTH = 8  # nodes that one forward of the drafter reads, at most
-MIN_GAIN = 0.25  # expected tokens for which a forward of the drafter is worth it
+MIN_GAIN = 0.25  # without costs: nodes on the accepted path for which a forward of the drafter is worth it
 TEMPER = 0.5  # sharpness of the scores where drafter and target share their noise
+LONGEST_SPINE = 15
+BEST, OTHER, SPINE = 0, 1, 2  # kinds of proposals: the drafter's best, its others, the spine's (this and the next two, by match)
 
 
 class DraftedTree(TreeByModel):
@@ -36,20 +50,59 @@ class DraftedTree(TreeByModel):
     Args:
         model: drafts; it belongs to this builder alone.
         width: nodes that one forward of the drafter reads, at most.
-        min_gain: expected tokens below which no further forward of the drafter is made.
+        min_gain: without costs, no forward of the drafter is made over nodes of which fewer than this are expected to be accepted.
+        spine: builder of chains whose tokens the first forward reads too; None: none.
+        costs: see TreeByModel.
     """
 
-    def __init__(self, model: DraftModel, width: int = WIDTH, min_gain: float = MIN_GAIN) -> None:
-        super().__init__(model)
-        self.width, self.min_gain = width, min_gain
+    prunes = True
 
-    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int) -> _Plan:
-        return _Plan(seq, growth, budget, depth, self.width, self.min_gain)
+    def __init__(
+        self,
+        model: DraftModel,
+        width: int = WIDTH,
+        min_gain: float = MIN_GAIN,
+        spine: Chain | None = None,
+        costs: Costs | None = None,
+    ) -> None:
+        super().__init__(model, costs)
+        self.width, self.min_gain, self.spine = width, min_gain if costs is None else 0.0, spine
+        self.parts: list[TreeBuilder] = [] if spine is None else [spine]
+        self._match: dict[int, int] = {}  # request -> tokens of context that the spine's text shares
+
+    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int, trust: Trust) -> _Plan:
+        return _Plan(seq, growth, budget, depth, self.width, self.min_gain, trust, self._match.get(seq.id, 0))
+
+    def guesses(self, seq: Sequence, longest: int) -> list[int]:
+        if self.spine is None or longest < 1:
+            return []
+        self.spine.catch_up(seq)
+        chain = self.spine.source.chain(seq, min(longest, LONGEST_SPINE))
+        self._match[seq.id] = chain.match_length
+        tokens = chain.tokens[: min(longest, LONGEST_SPINE)]
+        unknown = np.append(tokens >= self.model.reader.vocab_size, True)
+        return tokens[: np.argmax(unknown)].tolist()
+
+    def start(self, seq: Sequence) -> None:
+        super().start(seq)
+        if self.spine is not None:
+            self.spine.start(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        super().finish(seq)
+        if self.spine is not None:
+            self.spine.finish(seq)
+            self._match.pop(seq.id, None)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.spine is not None:
+            self.spine.reset()
 
 
 @dataclass(slots=True)
 class _Plan:
-    """The candidates of one row. Scores are log-probabilities of paths: no child's is above its parent's."""
+    """The candidates of one row. No child's chance is above its parent's."""
 
     seq: Sequence
     growth: Growth  # what the drafter reads: a node of it is a candidate that was expanded
@@ -57,71 +110,111 @@ class _Plan:
     depth: int
     width: int
     min_gain: float
+    trust: Trust
+    match: int
     tokens: list[int] = field(init=False)
     parents: list[int] = field(default_factory=lambda: [NO_PARENT])
     depths: list[int] = field(default_factory=lambda: [0])
-    scores: list[float] = field(default_factory=lambda: [0.0])
-    read: list[int] = field(default_factory=lambda: [ROOT])  # candidate -> node of the growth, NO_PARENT: not expanded
+    chances: list[float] = field(default_factory=lambda: [1.0])  # of being on the accepted path
+    sources: list[int] = field(default_factory=lambda: [int(Source.ROOT)])
+    numbers: list[int] = field(default_factory=lambda: [ROOT])  # candidate -> node of the growth, NO_PARENT: not expanded
     expanded: list[int] = field(default_factory=lambda: [0])  # node of the growth -> candidate
+    edges: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict)  # tokens, kinds, logs of children
     noise: dict[int, torch.Tensor] = field(default_factory=dict)  # depth -> [V], which all its nodes share
+    chosen: list[int] = field(default_factory=list)  # node of the tree -> candidate
 
     def __post_init__(self) -> None:
         self.tokens = [self.seq.token_ids[-1]]
+        for node, token in enumerate(self.growth.tokens[1:]):
+            self._add(node, token, 0.0, Source.CONTEXT)  # its chance is known when the root's logits are
+            self.numbers[-1] = node + 1
+            self.expanded.append(node + 1)
+
+    def _add(self, parent: int, token: int, chance: float, source: Source) -> None:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        self.chances.append(chance)
+        self.sources.append(int(source))
+        self.numbers.append(NO_PARENT)
 
     def receive(self, logits: torch.Tensor, first: int) -> None:
         """Logits [M, V] of the growth's nodes from `first` on: their best children become candidates."""
-        for row, node in enumerate(range(first, first + len(logits))):
+        spine = len(self.growth.tokens) if first == 0 else 0  # those that came with the root
+        for node, row in enumerate(logits, first):
             parent = self.expanded[node]
             if self.depths[parent] >= self.depth:
                 continue
-            tokens, scores = self._children(logits[row], self.depths[parent])
-            self.tokens += tokens
-            self.parents += [parent] * len(tokens)
-            self.depths += [self.depths[parent] + 1] * len(tokens)
-            self.scores += [self.scores[parent] + score for score in scores]
-            self.read += [NO_PARENT] * len(tokens)
+            beside = parent + 1 if node + 1 < spine else None
+            tokens, kinds, logs = self._children(row, self.depths[parent], None if beside is None else self.tokens[beside])
+            chances = self.chances[parent] * self.trust.chances(kinds, logs)
+            self.edges[parent] = tokens, kinds, logs
+            for token, chance, kind in zip(tokens.tolist(), chances.tolist(), kinds.tolist()):
+                if kind >= SPINE and beside is not None:
+                    self.chances[beside] = chance
+                else:
+                    self._add(parent, token, chance, Source.MODEL)
 
-    def _children(self, logits: torch.Tensor, depth: int) -> tuple[list[int], list[float]]:
-        """The best tokens after a node at `depth`, and the logarithms of their chances."""
+    def _children(self, logits: torch.Tensor, depth: int, spine: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The best tokens after a node at `depth`, the spine's among them: tokens, kinds and log-probabilities [C]."""
         law = log_law(logits[None], self.seq.params)[0]
         if self.seq.params.temperature == 0:
-            best = torch.topk(law, min(BRANCHES, len(law)))
-            scores = best.values
+            scores, best = law, torch.topk(law, min(BRANCHES, len(law))).indices
         else:
             if depth not in self.noise:
                 self.noise[depth] = self.seq.randomness.gumbel(len(self.seq.token_ids) + depth, len(law), law.device)
-            best = torch.topk(law + self.noise[depth], min(BRANCHES, len(law)))
-            scores = torch.log_softmax(best.values / TEMPER, -1)
-        kept = scores > float("-inf")
-        return best.indices[kept].tolist(), scores[kept].tolist()
+            noisy = (law + self.noise[depth]) / TEMPER
+            top = torch.topk(noisy, min(BRANCHES, len(law)))
+            scores, best = noisy - torch.logsumexp(top.values, 0), top.indices
+        if spine is not None and not bool((best == spine).any()):
+            best = torch.cat([best, best.new_tensor([spine])])
+        tokens, logs = best.cpu().numpy(), np.minimum(scores[best].double().cpu().numpy(), 0.0)
+        kinds = np.where(np.arange(len(tokens)) == 0, BEST, OTHER)
+        if spine is not None:
+            kinds[tokens == spine] = SPINE + (0 if self.match <= 2 else 1 if self.match <= 6 else 2)
+        kept = (logs > -np.inf) | (kinds >= SPINE)
+        return tokens[kept], kinds[kept], logs[kept]
 
-    def best(self) -> list[int]:
-        """The candidates of the tree: the root and the best others, parents before children."""
-        order = np.argsort(-np.array(self.scores), kind="stable")  # equal scores: the parent came first
-        return sorted(order[: self.budget].tolist())
+    def best(self, size: int) -> list[int]:
+        """The root and the best others, parents before children."""
+        order = np.argsort(-np.array(self.chances), kind="stable")  # equal chances: the parent came first
+        return sorted(order[:size].tolist())
 
-    def go_on(self) -> bool:
-        """Adds the best unread candidates of the tree to the growth, unless they promise too little."""
-        fresh = [node for node in self.best() if self.read[node] == NO_PARENT and self.depths[node] < self.depth]
-        fresh = sorted(fresh, key=lambda node: -self.scores[node])[: self.width]
-        if not fresh or sum(np.exp(self.scores[node]) for node in fresh) < self.min_gain:
-            return False
-        for node in sorted(fresh):
-            self.read[node] = self.growth.add(self.read[self.parents[node]], self.tokens[node])
+    def fresh(self) -> list[int]:
+        best = [node for node in self.best(self.budget) if self.numbers[node] == NO_PARENT and self.depths[node] < self.depth]
+        best = sorted(best, key=lambda node: -self.chances[node])[: self.width]
+        return sorted(best) if sum(self.chances[node] for node in best) >= self.min_gain else []
+
+    def promise(self, nodes: Seq[int]) -> float:
+        return self.trust.hold * sum(self.chances[node] for node in nodes)
+
+    def expected(self) -> np.ndarray:
+        return np.cumsum(np.sort(self.chances)[::-1][: self.budget])
+
+    def size_with(self, nodes: Seq[int]) -> int:
+        return min(self.budget, len(self.tokens) + BRANCHES * len(nodes))
+
+    def read(self, nodes: Seq[int]) -> None:
+        for node in nodes:
+            self.numbers[node] = self.growth.add(self.numbers[self.parents[node]], self.tokens[node])
             self.expanded.append(node)
-        return True
 
-    def tree(self) -> DraftTree:
+    def tree(self, size: int) -> DraftTree:
         """The best candidates."""
-        nodes = self.best()
+        self.chosen = nodes = self.best(min(size, self.budget))
         index = {node: i for i, node in enumerate(nodes)} | {NO_PARENT: NO_PARENT}
         kind = None if self.seq.params.temperature == 0 else np.full(len(nodes), Kind.SHARED_NOISE, np.uint8)
-        source = np.full(len(nodes), Source.MODEL, np.uint8)
-        source[0] = Source.ROOT
         return DraftTree(
             np.array([self.tokens[node] for node in nodes], np.int64),
             np.array([index[self.parents[node]] for node in nodes], np.int32),
-            source=source,
+            source=np.array([self.sources[node] for node in nodes], np.uint8),
             kind=kind,
-            evidence=np.array([self.read[node] for node in nodes], np.int32),
+            evidence=Drafted(np.array([self.numbers[node] for node in nodes], np.int32), self),
         )
+
+    def learn(self, tree: DraftTree, verdict: Verdict) -> None:
+        said = [*tree.tokens[verdict.nodes[1:]].tolist(), verdict.next_token]
+        for node, token in zip(verdict.nodes.tolist(), said):
+            if (children := self.edges.get(self.chosen[node])) is not None:
+                tokens, kinds, logs = children
+                self.trust.learn(kinds, logs, tokens == token)

@@ -1,6 +1,8 @@
 """SampledTree: children drawn from a draft model's law, for the acceptance rules that know it (verification.md sections 1, 3, 4.3).
 
-The shape is fixed before anything is drawn, and every draw stays: that is what the rules suppose. How the children of a node come:
+Whatever is drawn stays in the tree, and how many children a node gets is settled before they are drawn: that is what the rules
+suppose. It may depend on the node's own path: below an unlikely one nothing is drawn (`confidence`), and with measured costs the
+whole tree ends where a further level does not pay (verification.md 4.4). How the children of a node come:
 
 * iid: `paths` i.i.d. paths (SpecTr, arXiv 2310.15141), merged where they agree; a node that stands for m of them has m draws.
 * without_replacement: `branching[d]` distinct tokens at depth d (Sequoia, 2402.12374; recursive SD, 2402.14160).
@@ -20,16 +22,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source
+from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source, Verdict
 from specdec.sequence import Sequence
 from specdec.sources.draft_model import DraftModel, Growth, log_law
-from specdec.trees.by_model import TreeByModel
+from specdec.trees.by_model import Costs, Drafted, TreeByModel
+from specdec.trees.trust import Trust
 from specdec.verify.legality import check_pair
 from specdec.verify.step import DRAFT
 
 __all__ = ["SampledTree"]
 
 KINDS = {"iid": Kind.IID, "without_replacement": Kind.WITHOUT_REPLACEMENT, "hybrid": Kind.WITHOUT_REPLACEMENT}
+CONFIDENCE = 0.0
+SURE, FIRST, LAST = 0, 1, 3  # kinds of proposals: deterministic; drawn first, second, later
 RULE_OF = {"iid": "kseq", "without_replacement": "recursive_rejection", "hybrid": "recursive_rejection"}
 
 
@@ -42,23 +47,33 @@ class SampledTree(TreeByModel):
         rule: acceptance rule; None: one made for this draw.
         branching: children of a node at depth 0, 1, ...; the last number holds for all greater depths. With "iid" the first
             number is that of the paths and the others are not used.
+        confidence: a node gets no children where its chance to be accepted, by what was learned, is below this.
+        costs: see TreeByModel.
 
     Raises:
         ValueError: no such draw or rule, a rule that is not lossless for the draw, a branching below 1.
     """
 
-    def __init__(self, model: DraftModel, draw: str = "hybrid", rule: str | None = None, branching: Seq[int] = (3, 2, 1)) -> None:
+    def __init__(
+        self,
+        model: DraftModel,
+        draw: str = "hybrid",
+        rule: str | None = None,
+        branching: Seq[int] = (3, 2, 1),
+        confidence: float = CONFIDENCE,
+        costs: Costs | None = None,
+    ) -> None:
         if draw not in KINDS:
             raise ValueError(f"draw must be one of {', '.join(KINDS)}, got {draw!r}")
         if not branching or min(branching) < 1:
             raise ValueError(f"branching must be numbers >= 1, at least one, got {branching!r}")
-        super().__init__(model)
-        self.draw, self.branching = draw, tuple(branching)
+        super().__init__(model, costs)
+        self.draw, self.branching, self.confidence = draw, tuple(branching), confidence
         self.rule = rule or RULE_OF[draw]
         check_pair(self.rule, KINDS[draw], chain=max(branching) == 1)
 
-    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int) -> _Draws:
-        return _Draws(seq, growth, self.draw, self._levels(budget, depth))
+    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int, trust: Trust) -> _Draws:
+        return _Draws(seq, growth, self.draw, self._levels(budget, depth), self.confidence, trust)
 
     def _levels(self, budget: int, depth: int) -> list[int]:
         """Children (or, of the root, paths) of a node at each depth, as deep as the budget goes: at most `budget` nodes in all."""
@@ -77,42 +92,61 @@ class SampledTree(TreeByModel):
 
 @dataclass(slots=True)
 class _Draws:
-    """One row's tree, level by level: a node's number is its place in the tree and, once it is read, in the growth."""
+    """One row's tree, level by level."""
 
     seq: Sequence
     growth: Growth
     draw: str
-    levels: list[int]  # draws a node of each depth
+    levels: list[int]  # draws a node of each depth, at most
+    confidence: float
+    trust: Trust
     tokens: list[int] = field(init=False)
     parents: list[int] = field(default_factory=lambda: [NO_PARENT])
     kinds: list[int] = field(default_factory=lambda: [int(Kind.DETERMINISTIC)])
     order: list[int] = field(default_factory=lambda: [0])
     counts: list[int] = field(default_factory=lambda: [1])
-    laws: list[np.ndarray] = field(default_factory=list)  # of the nodes that were read, [V] float32; none at temperature 0
-    depth: int = 0  # of the nodes that were read last
+    chances: list[float] = field(default_factory=lambda: [1.0])  # of being on the accepted path
+    numbers: list[int] = field(default_factory=lambda: [ROOT])  # node -> node of the growth, NO_PARENT: not read
+    expanded: list[int] = field(default_factory=lambda: [ROOT])  # node of the growth -> node
+    laws: dict[int, np.ndarray] = field(default_factory=dict)  # node -> [V] float32; none at temperature 0
+    edges: dict[int, tuple[range, np.ndarray, np.ndarray]] = field(default_factory=dict)  # children, their kinds and logs
+    depth: int = 0  # levels that were drawn
+    begun: int = 1  # first node of the newest level
 
     def __post_init__(self) -> None:
         self.tokens = [self.seq.token_ids[-1]]
 
     def receive(self, logits: torch.Tensor, first: int) -> None:
-        """Logits [M, V] of the nodes from `first` on: their children are drawn."""
+        """Logits [M, V] of the growth's nodes from `first` on: their children are drawn."""
         if not len(logits) or self.depth >= len(self.levels):
             return
         laws = log_law(logits, self.seq.params).exp().cpu().numpy()
-        for node, law in enumerate(laws, first):
-            many = self.levels[self.depth]
+        for node, law in zip(self.expanded[first:], laws):
+            begin, many = len(self.tokens), self.levels[self.depth]
+            whole = law.copy()
             if self.seq.params.temperature == 0:
                 self._add_sure(node, law, many)
             elif self.draw == "iid":
-                self.laws.append(law)
+                self.laws[node] = law
                 self._add_iid(node, law, self.counts[node] if node else many)
             else:
                 if self.draw == "hybrid":
                     self._add_sure(node, law, 1)
                     law[law.argmax()] = 0.0
                     many -= 1
-                self.laws.append(law)
+                self.laws[node] = law
                 self._add_distinct(node, law, many)
+            self._weigh(node, range(begin, len(self.tokens)), whole)
+        self.depth += 1
+
+    def _weigh(self, node: int, children: range, law: np.ndarray) -> None:
+        """The chances of a node's children, by what such proposals were worth before."""
+        each = slice(children.start, children.stop)
+        drawn = np.array(self.kinds[each]) != Kind.DETERMINISTIC
+        kinds = np.where(drawn, np.minimum(FIRST + np.array(self.order[each]), LAST), SURE)
+        logs = np.log(np.maximum(law[self.tokens[each]], 1e-30))
+        self.edges[node] = children, kinds, logs
+        self.chances += (self.chances[node] * self.trust.chances(kinds, logs)).tolist()
 
     def _add(self, node: int, token: int, kind: Kind, order: int) -> None:
         self.tokens.append(token)
@@ -120,6 +154,7 @@ class _Draws:
         self.kinds.append(int(kind))
         self.order.append(order)
         self.counts.append(1)
+        self.numbers.append(NO_PARENT)
 
     def _add_sure(self, node: int, law: np.ndarray, many: int) -> None:
         """The most probable tokens."""
@@ -151,28 +186,41 @@ class _Draws:
     def _pick(self, law: np.ndarray, node: int, draw: int) -> int:
         return self.seq.randomness.pick(law, len(self.seq.token_ids), node, draw, DRAFT)
 
-    def go_on(self) -> bool:
-        """Adds the nodes of the new level to the growth, unless it is the last."""
-        self.depth += 1
-        fresh = range(len(self.growth.tokens), len(self.tokens))
-        if self.depth >= len(self.levels) or not fresh:
-            self.depth = len(self.levels)
-            return False
-        for node in fresh:
-            self.growth.add(self.parents[node], self.tokens[node])
-        return True
+    def fresh(self) -> list[int]:
+        """The nodes of the new level, but for those that are not worth children."""
+        if self.depth >= len(self.levels):
+            return []
+        return [node for node in range(self.begun, len(self.tokens)) if self.chances[node] >= self.confidence]
 
-    def tree(self) -> DraftTree:
-        """All that was drawn; the drafter has read the first nodes, in this order."""
+    def promise(self, nodes: Seq[int]) -> float:
+        return self.trust.hold * sum(self.chances[node] for node in nodes)
+
+    def expected(self) -> np.ndarray:
+        return np.cumsum(self.chances)
+
+    def size_with(self, nodes: Seq[int]) -> int:
+        if not nodes:
+            return len(self.tokens)
+        many = self.levels[self.depth]
+        return len(self.tokens) + sum(self.counts[node] if self.draw == "iid" else many for node in nodes)
+
+    def read(self, nodes: Seq[int]) -> None:
+        self.begun = len(self.tokens)
+        for node in nodes:
+            self.numbers[node] = self.growth.add(self.numbers[self.parents[node]], self.tokens[node])
+            self.expanded.append(node)
+
+    def tree(self, size: int) -> DraftTree:
+        """All that was drawn, whatever `size` is."""
         count = len(self.tokens)
         source = np.full(count, Source.MODEL, np.uint8)
         source[ROOT] = Source.ROOT
-        read = np.arange(count, dtype=np.int32)
-        read[len(self.growth.tokens) :] = NO_PARENT
         sampled = bool(self.laws)
-        probs = np.zeros((count, len(self.laws[0])), np.float32) if sampled else None
-        if probs is not None:
-            probs[: len(self.laws)] = self.laws
+        probs = None
+        if sampled:
+            probs = np.zeros((count, len(self.laws[ROOT])), np.float32)
+            for node, law in self.laws.items():
+                probs[node] = law
         return DraftTree(
             np.array(self.tokens, np.int64),
             np.array(self.parents, np.int32),
@@ -181,5 +229,12 @@ class _Draws:
             draw_index=np.array(self.order, np.int32) if sampled else None,
             multiplicity=np.array(self.counts, np.int32) if sampled else None,
             probs=probs,
-            evidence=read,
+            evidence=Drafted(np.array(self.numbers, np.int32), self),
         )
+
+    def learn(self, tree: DraftTree, verdict: Verdict) -> None:
+        said = [*tree.tokens[verdict.nodes[1:]].tolist(), verdict.next_token]
+        for node, token in zip(verdict.nodes.tolist(), said):
+            if (found := self.edges.get(node)) is not None:
+                children, kinds, logs = found
+                self.trust.learn(kinds, logs, tree.tokens[children.start : children.stop] == token)

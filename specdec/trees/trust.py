@@ -1,0 +1,62 @@
+"""Trust: how often what a draft model proposes turns out to be the target's token, learned online.
+
+A drafter's probability of a token says how likely the drafter is to say it, not how likely the target is. So proposals fall in
+classes, by kind and by the drafter's log-odds, and each class counts its trials and its successes, decayed. Trials are all candidates
+of the nodes that the target visited, in the tree or not. Worked example: of 40 proposals to which the drafter gave about .5, 32
+were right: the next one counts .79 (the prior, 6 trials at .5, has its say).
+
+It shapes trees and never judges them: any function of earlier steps may (verification.md 4.4).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["KINDS", "Trust"]
+
+KINDS = 6  # sorts of proposals that are told apart, see the builders
+BINS = 24
+_WIDTH = 0.75  # of a bin, in log-odds
+PRIOR = 6.0  # trials that the starting values count as
+DECAY = 0.998  # of a class's counts, at each of its own trials
+SURE = 0.98  # siblings exclude each other: their chances sum to at most this
+HOLD = 0.6  # start of `hold`
+_RATE = 0.05
+_CENTRES = 1 / (1 + np.exp(-(np.arange(BINS) + 0.5 - BINS / 2) * _WIDTH))
+
+
+class Trust:
+    """What was learned of one drafter under one class of requests."""
+
+    def __init__(self) -> None:
+        self._trials = np.full((KINDS, BINS), PRIOR)
+        self._hits = PRIOR * np.tile(_CENTRES, (KINDS, 1))
+        self.hold = HOLD  # chance that some child of a node is right, given that the node is: a mean over nodes
+
+    def chances(self, kinds: np.ndarray, logs: np.ndarray) -> np.ndarray:
+        """[C] chance of each of the children of one node that is right.
+
+        Args:
+            kinds: [C] in 0..KINDS-1.
+            logs: [C] logarithms of the drafter's probabilities, <= 0.
+        """
+        bins = _bins(logs)
+        found = self._hits[kinds, bins] / self._trials[kinds, bins]
+        total = float(found.sum())
+        if total > SURE:
+            found *= SURE / total
+        self.hold += _RATE * (min(total, SURE) - self.hold)
+        return found
+
+    def learn(self, kinds: np.ndarray, logs: np.ndarray, right: np.ndarray) -> None:
+        """Children [C] of a node that the target visited; `right` [C] bool: it said this one."""
+        for kind, place, hit in zip(kinds.tolist(), _bins(logs).tolist(), right.tolist()):
+            self._trials[kind, place] = self._trials[kind, place] * DECAY + 1
+            self._hits[kind, place] = self._hits[kind, place] * DECAY + hit
+
+
+def _bins(logs: np.ndarray) -> np.ndarray:
+    """[C] class of each log-probability, by its log-odds."""
+    logs = np.minimum(np.asarray(logs, np.float64), -1e-9)
+    odds = logs - np.log(-np.expm1(logs))
+    return np.clip(np.floor(odds / _WIDTH + BINS / 2), 0, BINS - 1).astype(np.intp)
