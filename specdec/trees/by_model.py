@@ -84,6 +84,7 @@ class TreeByModel:
         self.model, self.costs = model, costs
         self.sizes_itself = costs is not None
         self.forwards = 0  # of the drafter, for statistics
+        self.clock = time.perf_counter
         self.trusts: PerClass[Trust] = PerClass(Trust)
 
     def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int, trust: Trust) -> Plan:
@@ -104,7 +105,7 @@ class TreeByModel:
         limits = [min(depth, self.model.depth_limit(seq)) for seq, depth in zip(seqs, depths)]
         if min(limits) < 0:  # a text is longer than the drafter's context
             return [DraftTree.root_only(seq.token_ids[-1]) for seq in seqs]
-        begin = time.perf_counter()
+        begin = self.clock()
         guesses = [self.guesses(seq, min(budget - 1, limit)) for seq, budget, limit in zip(seqs, budgets, limits)]
         growths, logits = self.model.grow(seqs, guesses)
         plans = [
@@ -117,7 +118,7 @@ class TreeByModel:
             self.forwards += 1
             for plan, rows, first in zip(plans, logits, known):
                 plan.receive(rows, first)
-            now = time.perf_counter()
+            now = self.clock()
             if self.costs is not None and known[0]:  # the first forward reads the text's last tokens too
                 width = max(len(growth.tokens) - old for growth, old in zip(growths, known))
                 self.costs.drafter.observe(width, context, len(seqs), now - started)
