@@ -28,7 +28,7 @@ from bench.report import print_tables, summary
 from bench.runners import Runner, make_runners
 from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks
 from specdec.models import load
-from specdec.sources.draft_model import early_exit_layers, load_drafter
+from specdec.sources.draft_model import is_own, load_drafter
 
 __all__ = ["Log", "main", "run_all"]
 
@@ -130,7 +130,7 @@ def main(
     methods: Annotated[
         str, typer.Option(help="methods of specdec, model.generate, prompt_lookup and assisted, separated by commas")
     ] = "none,auto,model.generate,prompt_lookup",
-    drafter: Annotated[str | None, typer.Option(help="for methods that need one: folder or hub name, or early_exit:8")] = None,
+    drafter: Annotated[str | None, typer.Option(help="for methods that need one: folder or hub name, early_exit:8 or mtp")] = None,
     budget: Annotated[str, typer.Option(help="node budgets, root included, separated by commas: auto or integers")] = "auto",
     mode: Annotated[str, typer.Option(help="cold: engines forget before every prompt; warm: they do not")] = "warm",
     model: Annotated[str | None, typer.Option(help="local folder or hub name; the embedded model if not given")] = None,
@@ -161,8 +161,9 @@ def main(
             "versions": {"specdec": specdec.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
         log = Log(out, settings)
-        named = drafter is None or early_exit_layers(drafter) is not None
-        loaded_drafter = drafter if named else load_drafter(drafter, loaded, tokenizer)  # once, for all engines and peers
+        loaded_drafter = drafter
+        if drafter is not None and not is_own(drafter):
+            loaded_drafter = load_drafter(drafter, loaded, tokenizer)  # once, for all engines and peers
         runners = make_runners(loaded, tokenizer, methods.split(","), _budgets(budget), share_prefill, loaded_drafter)
         run_all(tasks, runners, tokenizer, params, log, mode == "warm", console)
     except ValueError as error:

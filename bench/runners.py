@@ -171,7 +171,9 @@ def peer_options(label: str, drafter: Any) -> dict[str, Any]:
     if label != "assisted":
         return PEERS[label]
     if drafter is None:
-        raise ValueError('methods has "assisted", which needs a drafter; fix: --drafter, a model or early_exit:8')
+        raise ValueError('methods has "assisted", which needs a drafter; fix: --drafter, a model, early_exit:8 or mtp')
+    if isinstance(drafter, str) and drafter == "mtp":
+        return {"use_mtp": True}
     layers = early_exit_layers(drafter)
     return {"assistant_model": drafter} if layers is None else {"assistant_early_exit": layers}
 
@@ -187,7 +189,7 @@ def make_runners(
     """One runner a peer and for "none", one a budget for every other method; their engines may share each prompt's prefill.
 
     Args:
-        drafter: for the methods of DRAFTER_METHODS, "auto" and "assisted": a model, or "early_exit:8".
+        drafter: for the methods of DRAFTER_METHODS, "auto" and "assisted": a model, "early_exit:8" or "mtp".
 
     Raises:
         ValueError: a name that is neither a method nor a peer; a drafter missing.

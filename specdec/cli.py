@@ -40,7 +40,7 @@ MethodOption = Annotated[
     ),
 ]
 DrafterOption = Annotated[
-    str | None, typer.Option(help='draft model: folder or hub name, or "early_exit:8", the first 8 layers of the model itself')
+    str | None, typer.Option(help='draft model: folder or hub name, "early_exit:8" (its own first 8 layers) or "mtp"')
 ]
 BudgetOption = Annotated[str, typer.Option(help="most nodes of a draft tree, or auto: from the measured costs")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="most tokens to generate")]

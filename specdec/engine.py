@@ -32,7 +32,7 @@ from specdec.prefix_backend import FlashAttention
 from specdec.randomness import Randomness, draw_seed
 from specdec.sampling import Law, build_processor
 from specdec.sequence import SamplingParams, Sequence
-from specdec.sources.draft_model import EarlyExit, make_drafter
+from specdec.sources.draft_model import DraftModel, make_drafter
 from specdec.target import TargetModel
 from specdec.text import Detokenizer, cut_at_stop, stop_string_check
 from specdec.trees.base import TreeBuilder
@@ -101,8 +101,8 @@ class Engine:
         max_rows: sequences decoded at once; further prompts wait for a free row.
         state: file of a state saved by save_state, to start warm.
         prefix_backend: "op", or on CUDA "flash_attn": flash-attn attends to the committed tokens and specdec's op to the trees.
-        drafter: a smaller model of the same tokenizer, its folder or hub name, or "early_exit:8" (the model's own first 8 layers);
-            for the methods of specdec.DRAFTER_METHODS and for "auto", which uses it where that is faster.
+        drafter: a smaller model of the same tokenizer, its folder or hub name, "early_exit:8" (the model's own first 8 layers) or
+            "mtp" (the extra prediction layer of its checkpoint); for the methods of specdec.DRAFTER_METHODS and for "auto", which uses it where that is faster.
 
     Raises:
         UnsupportedModelError: the model cannot be accelerated without risking its output.
@@ -137,8 +137,7 @@ class Engine:
         self._accept_rule = RULES[self.rule]
         warm_up(self.builder, self.target.vocab_size, self.target.dtype)
         self.cache: KVCache = self.target.new_cache(1, 256)
-        if isinstance(drafting := getattr(self.builder, "model", None), EarlyExit):
-            drafting.attach(self.cache)
+        self._attach()
         self.rows: list[Sequence] = []  # live sequences; sequence i owns cache row i
         self.waiting: deque[Sequence] = deque()
         self.last_step = StepStats()
@@ -146,6 +145,10 @@ class Engine:
         self._lock = threading.RLock()
         if state is not None:
             self.load_state(state)
+
+    def _attach(self) -> None:
+        if isinstance(drafting := getattr(self.builder, "model", None), DraftModel):
+            drafting.attach(self.target, self.cache)
 
     # ---- requests -------------------------------------------------------------------------------------------------------
 
@@ -338,7 +341,7 @@ class Engine:
         # A row's last token is not in the cache: only a longer row holds the whole prompt.
         longer = (other for other in self.rows[:-1] if len(other.token_ids) > len(prompt) > 0)
         twin = next((other for other in longer if other.token_ids[: len(prompt)] == prompt), None)
-        if twin is not None and self.target.rope.kind is None:
+        if twin is not None and self.target.rope.kind is None and self.target.hidden_listener is None:
             self.cache.fork(twin.row, seq.row, len(prompt))
             return
 
@@ -498,6 +501,7 @@ class Engine:
         with self._lock:
             if not self.rows:
                 self.cache = self.target.new_cache(1, 256)
+                self._attach()
 
     # ---- state ----------------------------------------------------------------------------------------------------------
 

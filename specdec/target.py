@@ -139,6 +139,9 @@ class TargetModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
         self._batch: TreeBatch | None = None  # what the forward under way attends to
         self._calls: list[int] = []  # sliding window of each attention call of the last forward
+        self.hidden_listener: Callable[[int, torch.Tensor], None] | None = None  # is given each prefill chunk's row and states [n, H]
+        self.hidden: torch.Tensor | None = None  # with a listener: last hidden states [B, M, H] of the latest forward ...
+        self.hidden_row = 0  # ... and its first row
         self._interface = f"specdec_{next(_names)}"
         _register(self)
         self._use_interface = bool(getattr(_unwrapped(model), "_supports_attention_backend", False))
@@ -253,6 +256,8 @@ class TargetModel:
         self, cache: KVCache, batch: TreeBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int
     ) -> torch.Tensor:
         kwargs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
+        if self.hidden_listener is not None:
+            kwargs["output_hidden_states"] = -1  # the last ones alone, as transformers' own use of such layers asks for
         with self._installed(batch):
             output = self.model(
                 input_ids=input_ids.to(batch.device),
@@ -263,6 +268,8 @@ class TargetModel:
                 return_dict=True,
                 **kwargs,
             )
+        if self.hidden_listener is not None:
+            self.hidden = output.hidden_states[-1]
         return output.logits[:, -keep:] if keep else output.logits
 
     def forward(self, cache: KVCache, trees: Seq[DraftTree], first_row: int = 0, known: Seq[int] | None = None) -> torch.Tensor:
@@ -286,6 +293,7 @@ class TargetModel:
             tokens[row, : len(tree) - first] = tree.tokens[first:]
             positions[row, : len(tree) - first] = cache.starts[row] + tree.depths[first:]
         batch = TreeBatch(cache.starts, list(trees), counts, self.device, old if any(old) else None)
+        self.hidden_row = first_row
         return self._run(cache, batch, torch.from_numpy(tokens), torch.from_numpy(positions), 0)
 
     def prefill(
@@ -325,6 +333,8 @@ class TargetModel:
         positions = torch.arange(start, start + len(tokens))[None]
         logits = self._run(cache, batch, torch.tensor([tokens]), positions, 0 if observe else 1)
         cache.commit(row, range(len(piece)))
+        if self.hidden_listener is not None and self.hidden is not None:
+            self.hidden_listener(row, self.hidden[0, : len(piece)])
         if observe:
             observe(offset, logits[0, : len(piece)])
 

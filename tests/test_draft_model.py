@@ -131,6 +131,18 @@ def test_the_cache_keeps_step(sharp: Any) -> None:
     assert model._owners == []
 
 
+def test_a_drafter_that_fails_costs_no_text(sharp: Any) -> None:
+    """NaN everywhere."""
+    drafter = make_tiny_llama()
+    with torch.no_grad():
+        drafter.lm_head.weight.fill_(0.1)
+    builder = DraftedTree(DraftModel(drafter, sharp.config.vocab_size))  # it passes the check ...
+    with torch.no_grad():
+        drafter.lm_head.weight.fill_(float("nan"))  # ... and fails later
+    same_as_plain(Engine(sharp, method=builder, budget=12), sharp, GREEDY)
+    same_as_plain(Engine(sharp, method=builder, budget=12), sharp, SamplingParams(max_new_tokens=10, temperature=1.0, seed=1))
+
+
 @pytest.mark.parametrize("vocab_size", [200, 300])
 def test_another_vocabulary_size(sharp: Any, vocab_size: int) -> None:
     """A drafter with fewer tokens never drafts the others; one with more is cut."""

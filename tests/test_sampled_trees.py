@@ -41,6 +41,8 @@ class ToyDrafter:
     def keep(self, seq: Sequence, nodes: list[int]) -> None:
         self.kept.append(nodes)
 
+    def verified(self, seq: Sequence, nodes: list[int]) -> None: ...
+
     def depth_limit(self, seq: Sequence) -> int:
         return 99
 

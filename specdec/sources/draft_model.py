@@ -28,7 +28,7 @@ from specdec.sequence import SamplingParams, Sequence
 from specdec.target import TargetModel, UnsupportedModelError
 
 __all__ = [
-    "DraftModel", "EarlyExit", "Growth", "check_tokenizers", "early_exit_layers", "first_layers", "load_drafter", "log_law",
+    "DraftModel", "EarlyExit", "Growth", "check_tokenizers", "early_exit_layers", "first_layers", "is_own", "load_drafter", "log_law",
     "make_drafter",
 ]  # fmt: skip
 
@@ -78,6 +78,8 @@ class DraftModel:
         UnsupportedModelError: as TargetModel.
     """
 
+    reads_guesses = True  # grow() takes tokens beyond the root
+
     def __init__(self, model: Any, vocab_size: int) -> None:
         self._model = model  # kept alive: the TargetModel only refers to it
         self.reader = TargetModel(model)
@@ -111,6 +113,12 @@ class DraftModel:
         if self._owners[seq.row] != seq.id:
             self._owners[seq.row] = seq.id
             self.cache.lengths[seq.row] = 0
+
+    def attach(self, target: TargetModel, cache: KVCache) -> None:
+        """The engine's model and cache, for drafters that live on them."""
+
+    def verified(self, seq: Sequence, nodes: Seq[int]) -> None:
+        """The target has read these nodes, from the root on, and they are accepted, whoever drafted them; after keep()."""
 
     def depth_limit(self, seq: Sequence) -> int:
         """Deepest node that the drafter's context has room for, below 0 where the text itself has none."""
@@ -161,8 +169,9 @@ class DraftModel:
         return token if token < self.reader.vocab_size else 0
 
     def _common(self, logits: torch.Tensor) -> torch.Tensor:
-        """[M, V] over the target's vocabulary: -inf where the drafter has no token."""
-        logits = logits[:, : self.vocab_size].float()
+        """[M, V] over the target's vocabulary: -inf where the drafter has no token. NaN counts for little: a drafter that
+        fails may cost drafts, not the text."""
+        logits = torch.nan_to_num(logits[:, : self.vocab_size].float(), nan=-1e4, posinf=1e4, neginf=float("-inf"))
         missing = self.vocab_size - logits.shape[1]
         return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 
@@ -194,7 +203,7 @@ class EarlyExit(DraftModel):
         super().__init__(first_layers(model, layers), vocab_size)
         self.layers = layers
 
-    def attach(self, cache: KVCache) -> None:
+    def attach(self, target: TargetModel, cache: KVCache) -> None:
         """Use the engine's cache."""
         self.cache = cache
 
@@ -264,6 +273,15 @@ def early_exit_layers(drafter: Any) -> int | None:
     return int(layers)
 
 
+def is_own(drafter: Any) -> bool:
+    """Whether this names a part of the target itself, and no model to load.
+
+    Raises:
+        ValueError: as early_exit_layers.
+    """
+    return isinstance(drafter, str) and (drafter == "mtp" or early_exit_layers(drafter) is not None)
+
+
 def load_drafter(name: str, model: Any, tokenizer: Any) -> Any:
     """The model of a folder or hub name, in the target's dtype and on its device.
 
@@ -279,14 +297,18 @@ def load_drafter(name: str, model: Any, tokenizer: Any) -> Any:
 
 
 def make_drafter(drafter: Any, model: Any, tokenizer: Any, vocab_size: int) -> DraftModel:
-    """What Engine's argument `drafter` stands for: a DraftModel, a model, "early_exit:8", or a folder or hub name to load.
+    """What Engine's argument `drafter` stands for: a DraftModel, a model, "early_exit:8", "mtp", or a folder or hub name to load.
 
     Raises:
-        ValueError: as early_exit_layers and load_drafter; more layers than the model has.
+        ValueError: as early_exit_layers, load_drafter and PredictionHeads; more layers than the model has.
         UnsupportedModelError: as TargetModel.
     """
     if isinstance(drafter, DraftModel):
         return drafter
     if (layers := early_exit_layers(drafter)) is not None:
         return EarlyExit(model, layers, vocab_size)
+    if isinstance(drafter, str) and drafter == "mtp":
+        from specdec.sources.prediction_heads import PredictionHeads
+
+        return PredictionHeads(model, vocab_size)
     return DraftModel(load_drafter(drafter, model, tokenizer) if isinstance(drafter, str) else drafter, vocab_size)

@@ -156,11 +156,11 @@ class TreeByModel:
 
     def update(self, seq: Sequence, tree: DraftTree, verdict: Verdict, top: TopK | None) -> None:
         """The drafter keeps what it has read of the accepted path, and learns how far to trust itself."""
-        if not isinstance(tree.evidence, Drafted):  # a root that the drafter has not read
-            return
-        read = tree.evidence.read[verdict.nodes]
-        self.model.keep(seq, read[: np.argmin(np.append(read, NO_PARENT))].tolist())
-        tree.evidence.plan.learn(tree, verdict)
+        if isinstance(tree.evidence, Drafted):  # else the drafter has read nothing of it
+            read = tree.evidence.read[verdict.nodes]
+            self.model.keep(seq, read[: np.argmin(np.append(read, NO_PARENT))].tolist())
+            tree.evidence.plan.learn(tree, verdict)
+        self.model.verified(seq, verdict.nodes.tolist())
 
     def finish(self, seq: Sequence) -> None:
         self.model.finish(seq)

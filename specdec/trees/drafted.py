@@ -74,7 +74,7 @@ class DraftedTree(TreeByModel):
         return _Plan(seq, growth, budget, depth, self.width, self.min_gain, trust, self._match.get(seq.id, 0))
 
     def guesses(self, seq: Sequence, longest: int) -> list[int]:
-        if self.spine is None or longest < 1:
+        if self.spine is None or longest < 1 or not self.model.reads_guesses:
             return []
         self.spine.catch_up(seq)
         chain = self.spine.source.chain(seq, min(longest, LONGEST_SPINE))
