@@ -36,6 +36,7 @@ from specdec.sources.draft_model import DraftModel, make_drafter
 from specdec.target import TargetModel
 from specdec.text import Detokenizer, cut_at_stop, stop_string_check
 from specdec.trees.base import TreeBuilder
+from specdec.trees.by_model import Drafted
 from specdec.trees.by_rate import ByRate
 from specdec.verify.rules import RULES, UNVISITED
 
@@ -87,6 +88,7 @@ class StepStats:
     rows: int = 0
     nodes: int = 0  # largest tree
     emitted: int = 0
+    by_model: bool = False  # a draft model ran: its forwards are in the time of "draft"
     times: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
@@ -238,6 +240,7 @@ class Engine:
                 return
             with _timed(stats, "draft"):
                 trees = self._draft(live)
+            stats.by_model = any(isinstance(tree.evidence, Drafted) for tree in trees)
             with _timed(stats, "forward"):
                 logits = self.target.forward(self.cache, trees, first_row=live[0].row)
             with _timed(stats, "learn"):

@@ -85,7 +85,8 @@ class Pacer:
             return
         self.cost_model.observe(stats.nodes, context, stats.rows, stats.times["forward"])
         if stats.nodes > 1:
-            self.cost_model.observe_host(sum(stats.times[phase] for phase in HOST_PHASES))
+            if not stats.by_model:
+                self.cost_model.observe_host(sum(stats.times[phase] for phase in HOST_PHASES))
             gain = (stats.emitted / stats.rows - 1) / math.log2(stats.nodes)
             self._gain += (1 - DECAY) * (gain - self._gain)
 
