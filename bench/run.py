@@ -130,7 +130,7 @@ def main(
     methods: Annotated[
         str, typer.Option(help="methods of specdec, model.generate, prompt_lookup and assisted, separated by commas")
     ] = "none,auto,model.generate,prompt_lookup",
-    drafter: Annotated[str | None, typer.Option(help="for methods that need one: folder or hub name, early_exit:8 or mtp")] = None,
+    drafter: Annotated[str | None, typer.Option(help="a folder or hub name, early_exit:8 or mtp")] = None,
     budget: Annotated[str, typer.Option(help="node budgets, root included, separated by commas: auto or integers")] = "auto",
     mode: Annotated[str, typer.Option(help="cold: engines forget before every prompt; warm: they do not")] = "warm",
     model: Annotated[str | None, typer.Option(help="local folder or hub name; the embedded model if not given")] = None,

@@ -139,7 +139,7 @@ class TargetModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
         self._batch: TreeBatch | None = None  # what the forward under way attends to
         self._calls: list[int] = []  # sliding window of each attention call of the last forward
-        self.hidden_listener: Callable[[int, torch.Tensor], None] | None = None  # is given each prefill chunk's row and states [n, H]
+        self.hidden_listener: Callable[[int, torch.Tensor], None] | None = None  # gets each prefill chunk's row, states [n, H]
         self.hidden: torch.Tensor | None = None  # with a listener: last hidden states [B, M, H] of the latest forward ...
         self.hidden_row = 0  # ... and its first row
         self._interface = f"specdec_{next(_names)}"

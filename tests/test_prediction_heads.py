@@ -18,7 +18,7 @@ from specdec.sources.prediction_heads import PredictionHeads, load_heads
 from test_draft_model import GREEDY, PROMPTS, same_as_plain
 
 LAYERS = 2
-PATTERN = rf"model\.layers\.{LAYERS}\..*"  # where a checkpoint of this size keeps its extra layer; the class knows those of real sizes
+PATTERN = rf"model\.layers\.{LAYERS}\..*"  # the extra layer of a checkpoint this small; the class knows the real ones
 
 
 @pytest.fixture
@@ -68,7 +68,9 @@ def model(folder: Path) -> Any:
 def test_weights_are_those_of_the_checkpoint(folder: Path, model: Any) -> None:
     heads, tensors = load_heads(model), load_file(next(folder.glob("*.safetensors")))
     assert torch.equal(heads.layers[0].eh_proj.weight, tensors[f"model.layers.{LAYERS}.eh_proj.weight"])
-    assert torch.equal(heads.layers[0].mtp_block.mlp.experts.down_proj[2], tensors[f"model.layers.{LAYERS}.mlp.experts.2.down_proj.weight"])
+    assert torch.equal(
+        heads.layers[0].mtp_block.mlp.experts.down_proj[2], tensors[f"model.layers.{LAYERS}.mlp.experts.2.down_proj.weight"]
+    )
 
 
 def expected_laws(model: Any, text: list[int], drafts: list[int]) -> list[torch.Tensor]:
@@ -137,7 +139,9 @@ def test_samples_of_one_prompt(model: Any) -> None:
 
 
 def test_models_without_such_a_layer_are_refused(model: Any, folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"needs extra prediction layers \(config.num_mtp_layers\), LlamaForCausalLM has none; fix"):
+    with pytest.raises(
+        ValueError, match=r"needs extra prediction layers \(config.num_mtp_layers\), LlamaForCausalLM has none; fix"
+    ):
         Engine(make_tiny_llama(), drafter="mtp")
     (file,) = folder.glob("*.safetensors")
     kept = {name: value for name, value in load_file(file).items() if "eh_proj" not in name}

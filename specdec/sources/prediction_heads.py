@@ -40,7 +40,8 @@ def load_heads(model: Any) -> Any:
     fix = 'fix: another drafter, such as "early_exit:8"'
     config = model.config.get_text_config(decoder=True)
     if not getattr(config, "num_mtp_layers", None):
-        raise ValueError(f'drafter "mtp" needs extra prediction layers (config.num_mtp_layers), {type(model).__name__} has none; {fix}')
+        lacking = f"{type(model).__name__} has none"
+        raise ValueError(f'drafter "mtp" needs extra prediction layers (config.num_mtp_layers), {lacking}; {fix}')
     try:
         return MtpModel.from_pretrained(model).to(model.device).eval()
     except (AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -94,7 +95,7 @@ class PredictionHeads(DraftModel):
         self._layer = _Reader(load_heads(model))
         super().__init__(self._layer, vocab_size)
         self._target: TargetModel | None = None
-        self._hidden: dict[int, list[torch.Tensor]] = {}  # request -> target's hidden states [K, H] that are not read yet, in pieces
+        self._hidden: dict[int, list[torch.Tensor]] = {}  # request -> target's states [K, H] not read yet
         self._requests: dict[int, int] = {}  # row of the target's cache -> request
         self._own: list[torch.Tensor] = []  # own outputs [N, H] at the nodes of each growth
 
@@ -155,9 +156,7 @@ class PredictionHeads(DraftModel):
         self._own = [torch.cat([own, self._output(row, count)]) for row, (own, count) in enumerate(zip(self._own, counts))]
         return [self._common(rows[:count]) for rows, count in zip(logits, counts)]
 
-    def _read(
-        self, trees: Seq[DraftTree], previous: Seq[torch.Tensor], first_row: int, known: Seq[int] | None
-    ) -> torch.Tensor:
+    def _read(self, trees: Seq[DraftTree], previous: Seq[torch.Tensor], first_row: int, known: Seq[int] | None) -> torch.Tensor:
         self._layer.previous = torch.nn.utils.rnn.pad_sequence(list(previous), batch_first=True)
         return self.reader.forward(self.cache, trees, first_row=first_row, known=known)
 
