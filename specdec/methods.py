@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from specdec.cost_model import CostModel
     from specdec.sources.draft_model import DraftModel
     from specdec.trees.by_model import Costs
+    from specdec.trees.chain import Chain
 
 __all__ = ["DRAFTER_METHODS", "METHODS", "DrafterMethod", "Method", "make_builder"]
 
@@ -101,19 +102,24 @@ def _drafted(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
     return DraftedTree(draft_model, costs=costs)
 
 
-def _spine_and_drafter(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
+def _spine() -> Chain:
     from specdec.sources.suffix_automaton import SuffixSource
     from specdec.trees.chain import Chain
+
+    return Chain(SuffixSource())
+
+
+def _spine_and_drafter(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
     from specdec.trees.drafted import DraftedTree
 
-    return DraftedTree(draft_model, spine=Chain(SuffixSource()), costs=costs)
+    return DraftedTree(draft_model, spine=_spine(), costs=costs)
 
 
 def _sampled(draw: str, rule: str, branching: tuple[int, ...] = (3, 2, 1)) -> Callable[[DraftModel, Any], TreeBuilder]:
     def make(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
         from specdec.trees.sampled import SampledTree
 
-        return SampledTree(draft_model, draw, rule, branching, costs=costs)
+        return SampledTree(draft_model, draw, rule, branching, costs=costs, spine=_spine() if draw == "hybrid" else None)
 
     return make
 
@@ -126,7 +132,9 @@ DRAFTER_METHODS: dict[str, DrafterMethod] = {
     "without_replacement": DrafterMethod(
         _sampled("without_replacement", "recursive_rejection"), "distinct draws, recursive rejection"
     ),
-    "hybrid": DrafterMethod(_sampled("hybrid", "recursive_rejection"), "the best token and distinct draws, recursive rejection"),
+    "hybrid": DrafterMethod(
+        _sampled("hybrid", "recursive_rejection"), "context spine or best token, and distinct draws, recursive rejection"
+    ),
     "traversal": DrafterMethod(_sampled("without_replacement", "traversal"), "distinct draws, traversal verification"),
     "block": DrafterMethod(_sampled("iid", "block", (1,)), "one sampled chain, block verification"),
 }

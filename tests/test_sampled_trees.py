@@ -13,11 +13,13 @@ from enumeration import Chance, EnumeratingRandomness, direct_law, distance, exa
 from oracles_verify import PROMPT, Toy, draft_law, joint_law, make_sequence, step_law
 from specdec import Engine, SamplingParams
 from specdec.cost_model import CostModel
-from specdec.draft_tree import DraftTree, Kind
+from specdec.draft_tree import DraftTree, Kind, Source
 from specdec.randomness import Randomness
 from specdec.sequence import Sequence
+from specdec.sources.base import Chain as Draft
 from specdec.sources.draft_model import DraftModel, Growth
 from specdec.trees.by_model import Costs
+from specdec.trees.chain import Chain
 from specdec.trees.sampled import SampledTree
 from specdec.verify.rules import RULES
 from test_draft_model import GREEDY, PROMPTS, perturbed, same_as_plain, sharp
@@ -31,7 +33,7 @@ class ToyDrafter:
     """DraftModel's interface over a toy."""
 
     def __init__(self, toy: Toy) -> None:
-        self.toy, self.vocab_size = toy, toy.vocab_size
+        self.toy, self.vocab_size, self.reads_guesses, self.reader = toy, toy.vocab_size, True, toy
         self.kept: list[list[int]] = []
 
     def start(self, seq: Sequence) -> None: ...
@@ -47,8 +49,12 @@ class ToyDrafter:
         return 99
 
     def grow(self, seqs: Seq[Sequence], guesses: Seq[Seq[int]]) -> tuple[list[Growth], list[torch.Tensor]]:
-        assert not any(guesses)
-        return [Growth(seq.token_ids[-1]) for seq in seqs], [self.toy(seq.token_ids)[None] for seq in seqs]
+        growths, logits = [Growth(seq.token_ids[-1]) for seq in seqs], []
+        for seq, growth, more in zip(seqs, growths, guesses):
+            for node, token in enumerate(more):
+                growth.add(node, token)
+            logits.append(torch.stack([self.toy([*seq.token_ids, *more[:end]]) for end in range(len(more) + 1)]))
+        return growths, logits
 
     def extend(self, seqs: Seq[Sequence], growths: Seq[Growth], known: Seq[int]) -> list[torch.Tensor]:
         found = []
@@ -91,6 +97,48 @@ def test_law_is_exact(vocab_size: int, draw: str, branching: tuple[int, ...], ru
         assert distance(law, direct_law(target, PROMPT, 3)) < EXACT
         if rule != "block":
             assert all(len(tree) <= 20 for tree, _ in trees)
+
+
+class Repeats:
+    """A chain source: the last token again, or the one after it in the alphabet."""
+
+    def __init__(self, step: int, length: int, vocab_size: int) -> None:
+        self.step, self.length, self.vocab_size = step, length, vocab_size
+
+    def start(self, seq: Sequence) -> None: ...
+
+    def chain(self, seq: Sequence, max_len: int) -> Draft:
+        many = min(max_len, self.length)
+        tokens = (seq.token_ids[-1] + self.step * np.arange(1, many + 1)) % self.vocab_size
+        return Draft(tokens, 3, 1.0, float(many))
+
+    def update(self, seq: Sequence, emitted: Seq[int]) -> None: ...
+
+    def finish(self, seq: Sequence) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+@pytest.mark.parametrize("rule", ["recursive_rejection", "traversal"])
+@pytest.mark.parametrize(("length", "branching"), [(1, (2, 2)), (2, (2, 2)), (2, (3, 1)), (1, (1,))])
+@pytest.mark.parametrize("options", [{}, {"confidence": 0.3}, {"sampling": SamplingParams(temperature=0.4, top_k=2)}])
+def test_law_is_exact_beside_a_spine(rule: str, length: int, branching: tuple[int, ...], options: dict[str, Any]) -> None:
+    """Sure tokens from the text, draws off them; the drafter may have a temperature of its own."""
+    target = Toy(3, seed=3)
+    drafter: Any = ToyDrafter(Toy(3, seed=53, near=target, quality=0.4))
+    spine = Chain(Repeats(1, length, 3))
+
+    def draft(randomness: Randomness) -> DraftTree:
+        seq = make_sequence()
+        seq.randomness = randomness
+        builder = SampledTree(drafter, "hybrid", rule, branching, spine=spine, **options)
+        builder.start(seq)
+        (tree,) = builder.build([seq], [12], [2])
+        assert tree.source is not None and (tree.source == Source.CONTEXT).sum() == length
+        return tree
+
+    law = joint_law(step_law(RULES[rule], draft_law(draft), target), target)
+    assert distance(law, direct_law(target, PROMPT, 3)) < EXACT
 
 
 def costs(forward: float = 0.3) -> Costs:
@@ -207,6 +255,8 @@ def test_virtual_sampling_order_and_kinds() -> None:
         ({"rule": "block"}, "block takes chains; fix: branching="),
         ({"branching": ()}, "branching must be numbers >= 1, at least one"),
         ({"branching": (2, 0)}, "branching must be numbers >= 1, at least one"),
+        ({"draw": "iid", "spine": Chain(Repeats(1, 1, 3))}, "spine needs draw=.hybrid."),
+        ({"sampling": SamplingParams()}, "sampling must have a temperature above 0"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str) -> None:

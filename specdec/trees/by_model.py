@@ -17,12 +17,17 @@ import torch
 
 from specdec.cost_model import CostModel
 from specdec.draft_tree import NO_PARENT, DraftTree, TopK, Verdict
-from specdec.sequence import Sequence
+from specdec.sequence import SamplingParams, Sequence
 from specdec.sources.draft_model import DraftModel, Growth
+from specdec.trees.base import TreeBuilder
+from specdec.trees.chain import Chain
 from specdec.trees.per_class import PerClass
 from specdec.trees.trust import Trust
 
-__all__ = ["Costs", "Drafted", "Plan", "TreeByModel"]
+__all__ = ["Costs", "Drafted", "Plan", "TreeByModel", "spine_kind"]
+
+
+LONGEST_SPINE = 15
 
 
 class Costs(NamedTuple):
@@ -74,14 +79,26 @@ class TreeByModel:
     Args:
         model: drafts.
         costs: measured times, by which the tree's depth and size are chosen; None: as large as the budget allows.
+        spine: builder of chains, continuations of the text, whose tokens the first forward reads together with the root; None: none.
+        sampling: temperature and truncation of the drafter's laws where a request samples; None: the request's own.
     """
 
     top_k = 0
     compiles = False
     prunes = False  # may leave nodes out of a tree for what they are: no rule but `match` allows it
 
-    def __init__(self, model: DraftModel, costs: Costs | None = None) -> None:
-        self.model, self.costs = model, costs
+    def __init__(
+        self,
+        model: DraftModel,
+        costs: Costs | None = None,
+        spine: Chain | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> None:
+        if sampling is not None and sampling.temperature == 0:
+            raise ValueError("sampling must have a temperature above 0, got 0; greedy requests have their own laws anyway")
+        self.model, self.costs, self.spine, self.sampling = model, costs, spine, sampling
+        self.parts: list[TreeBuilder] = [] if spine is None else [spine]
+        self._match: dict[int, int] = {}  # request -> tokens of context that the spine's text shares
         self.sizes_itself = costs is not None
         self.forwards = 0  # of the drafter, for statistics
         self.clock = time.perf_counter
@@ -92,11 +109,23 @@ class TreeByModel:
         raise NotImplementedError
 
     def guesses(self, seq: Sequence, longest: int) -> list[int]:
-        """Tokens that may follow the text, to be read together with the root."""
-        return []
+        """Tokens that may follow the text, to be read together with the root: the spine's, as far as the drafter knows them."""
+        if self.spine is None or longest < 1 or not self.model.reads_guesses:
+            return []
+        self.spine.catch_up(seq)
+        chain = self.spine.source.chain(seq, min(longest, LONGEST_SPINE))
+        self._match[seq.id] = chain.match_length
+        unknown = np.append(chain.tokens >= self.model.reader.vocab_size, True)
+        return chain.tokens[: np.argmax(unknown)].tolist()
+
+    def laws(self, seq: Sequence) -> SamplingParams:
+        """Temperature and truncation of the drafter for this request."""
+        return seq.params if self.sampling is None or seq.params.temperature == 0 else self.sampling
 
     def start(self, seq: Sequence) -> None:
         self.model.start(seq)
+        if self.spine is not None:
+            self.spine.start(seq)
 
     def observe_prompt(self, seq: Sequence, start: int, top: TopK) -> None:
         """The drafter reads the prompt itself."""
@@ -164,15 +193,25 @@ class TreeByModel:
 
     def finish(self, seq: Sequence) -> None:
         self.model.finish(seq)
+        if self.spine is not None:
+            self.spine.finish(seq)
+            self._match.pop(seq.id, None)
 
     def reset(self) -> None:
-        """Forget how far the drafter can be trusted."""
+        """Forget how far the drafter can be trusted, and what the spine's source has learned across requests."""
         self.trusts.clear()
+        if self.spine is not None:
+            self.spine.reset()
 
     def state(self) -> dict[str, Any]:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+def spine_kind(first: int, match: int) -> int:
+    """Kind of proposal of a spine's token, `first` or one of the next two, by the tokens of context that recurred."""
+    return first + (0 if match <= 2 else 1 if match <= 6 else 2)
 
 
 def _together(plans: Seq[Plan]) -> np.ndarray:

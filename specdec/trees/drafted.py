@@ -27,10 +27,9 @@ import numpy as np
 import torch
 
 from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source, Verdict
-from specdec.sequence import Sequence
+from specdec.sequence import SamplingParams, Sequence
 from specdec.sources.draft_model import DraftModel, Growth, log_law
-from specdec.trees.base import TreeBuilder
-from specdec.trees.by_model import Costs, Drafted, TreeByModel
+from specdec.trees.by_model import Costs, Drafted, TreeByModel, spine_kind
 from specdec.trees.chain import Chain
 from specdec.trees.trust import Trust
 
@@ -40,7 +39,6 @@ BRANCHES = 8  # children of a node that are looked at
 WIDTH = 8  # nodes that one forward of the drafter reads, at most
 MIN_GAIN = 0.25  # without costs: nodes on the accepted path for which a forward of the drafter is worth it
 TEMPER = 0.5  # sharpness of the scores where drafter and target share their noise
-LONGEST_SPINE = 15
 BEST, OTHER, SPINE = 0, 1, 2  # kinds of proposals: the drafter's best, its others, the spine's (this and the next two, by match)
 
 
@@ -51,8 +49,7 @@ class DraftedTree(TreeByModel):
         model: drafts; it belongs to this builder alone.
         width: nodes that one forward of the drafter reads, at most.
         min_gain: without costs, no forward of the drafter is made over nodes of which fewer than this are expected to be accepted.
-        spine: builder of chains whose tokens the first forward reads too; None: none.
-        costs: see TreeByModel.
+        spine, costs, sampling: see TreeByModel.
     """
 
     prunes = True
@@ -64,40 +61,14 @@ class DraftedTree(TreeByModel):
         min_gain: float = MIN_GAIN,
         spine: Chain | None = None,
         costs: Costs | None = None,
+        sampling: SamplingParams | None = None,
     ) -> None:
-        super().__init__(model, costs)
-        self.width, self.min_gain, self.spine = width, min_gain if costs is None else 0.0, spine
-        self.parts: list[TreeBuilder] = [] if spine is None else [spine]
-        self._match: dict[int, int] = {}  # request -> tokens of context that the spine's text shares
+        super().__init__(model, costs, spine, sampling)
+        self.width, self.min_gain = width, min_gain if costs is None else 0.0
 
     def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int, trust: Trust) -> _Plan:
-        return _Plan(seq, growth, budget, depth, self.width, self.min_gain, trust, self._match.get(seq.id, 0))
-
-    def guesses(self, seq: Sequence, longest: int) -> list[int]:
-        if self.spine is None or longest < 1 or not self.model.reads_guesses:
-            return []
-        self.spine.catch_up(seq)
-        chain = self.spine.source.chain(seq, min(longest, LONGEST_SPINE))
-        self._match[seq.id] = chain.match_length
-        tokens = chain.tokens[: min(longest, LONGEST_SPINE)]
-        unknown = np.append(tokens >= self.model.reader.vocab_size, True)
-        return tokens[: np.argmax(unknown)].tolist()
-
-    def start(self, seq: Sequence) -> None:
-        super().start(seq)
-        if self.spine is not None:
-            self.spine.start(seq)
-
-    def finish(self, seq: Sequence) -> None:
-        super().finish(seq)
-        if self.spine is not None:
-            self.spine.finish(seq)
-            self._match.pop(seq.id, None)
-
-    def reset(self) -> None:
-        super().reset()
-        if self.spine is not None:
-            self.spine.reset()
+        match = self._match.get(seq.id, 0)
+        return _Plan(seq, self.laws(seq), growth, budget, depth, self.width, self.min_gain, trust, match)
 
 
 @dataclass(slots=True)
@@ -105,6 +76,7 @@ class _Plan:
     """The candidates of one row. No child's chance is above its parent's."""
 
     seq: Sequence
+    params: SamplingParams  # of the drafter
     growth: Growth  # what the drafter reads: a node of it is a candidate that was expanded
     budget: int
     depth: int
@@ -157,7 +129,7 @@ class _Plan:
 
     def _children(self, logits: torch.Tensor, depth: int, spine: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The best tokens after a node at `depth`, the spine's among them: tokens, kinds and log-probabilities [C]."""
-        law = log_law(logits[None], self.seq.params)[0]
+        law = log_law(logits[None], self.params)[0]
         if self.seq.params.temperature == 0:
             scores, best = law, torch.topk(law, min(BRANCHES, len(law))).indices
         else:
@@ -171,7 +143,7 @@ class _Plan:
         tokens, logs = best.cpu().numpy(), np.minimum(scores[best].double().cpu().numpy(), 0.0)
         kinds = np.where(np.arange(len(tokens)) == 0, BEST, OTHER)
         if spine is not None:
-            kinds[tokens == spine] = SPINE + (0 if self.match <= 2 else 1 if self.match <= 6 else 2)
+            kinds[tokens == spine] = spine_kind(SPINE, self.match)
         kept = (logs > -np.inf) | (kinds >= SPINE)
         return tokens[kept], kinds[kept], logs[kept]
 

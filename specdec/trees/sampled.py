@@ -6,7 +6,8 @@ whole tree ends where a further level does not pay (verification.md 4.4). How th
 
 * iid: `paths` i.i.d. paths (SpecTr, arXiv 2310.15141), merged where they agree; a node that stands for m of them has m draws.
 * without_replacement: `branching[d]` distinct tokens at depth d (Sequoia, 2402.12374; recursive SD, 2402.14160).
-* hybrid: the most probable token for sure, and the others without replacement from the law without it (Hu et al., 2502.18779).
+* hybrid: one token for sure, and the others without replacement from the law without it (Hu et al., 2502.18779): the text's own
+  continuation where there is a spine, else the drafter's most probable token.
 
     iid, paths 3, a law (.6, .4):   draws a, b, a   ->   child a with multiplicity 2, child b with 1
 
@@ -23,9 +24,10 @@ import numpy as np
 import torch
 
 from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source, Verdict
-from specdec.sequence import Sequence
+from specdec.sequence import SamplingParams, Sequence
 from specdec.sources.draft_model import DraftModel, Growth, log_law
-from specdec.trees.by_model import Costs, Drafted, TreeByModel
+from specdec.trees.by_model import Costs, Drafted, TreeByModel, spine_kind
+from specdec.trees.chain import Chain
 from specdec.trees.trust import Trust
 from specdec.verify.legality import check_pair
 from specdec.verify.step import DRAFT
@@ -34,7 +36,8 @@ __all__ = ["SampledTree"]
 
 KINDS = {"iid": Kind.IID, "without_replacement": Kind.WITHOUT_REPLACEMENT, "hybrid": Kind.WITHOUT_REPLACEMENT}
 CONFIDENCE = 0.0
-SURE, FIRST, LAST = 0, 1, 3  # kinds of proposals: deterministic; drawn first, second, later
+SURE, FIRST, LAST = 0, 1, 2  # kinds of proposals: deterministic; drawn first; later
+SPINE = 3  # and the spine's (this and the next two, by match)
 RULE_OF = {"iid": "kseq", "without_replacement": "recursive_rejection", "hybrid": "recursive_rejection"}
 
 
@@ -48,10 +51,10 @@ class SampledTree(TreeByModel):
         branching: children of a node at depth 0, 1, ...; the last number holds for all greater depths. With "iid" the first
             number is that of the paths and the others are not used.
         confidence: a node gets no children where its chance to be accepted, by what was learned, is below this.
-        costs: see TreeByModel.
+        costs, spine, sampling: see TreeByModel; a spine is for "hybrid".
 
     Raises:
-        ValueError: no such draw or rule, a rule that is not lossless for the draw, a branching below 1.
+        ValueError: no such draw or rule, a rule that is not lossless for the draw, a branching below 1, a spine beside other draws.
     """
 
     def __init__(
@@ -62,91 +65,120 @@ class SampledTree(TreeByModel):
         branching: Seq[int] = (3, 2, 1),
         confidence: float = CONFIDENCE,
         costs: Costs | None = None,
+        spine: Chain | None = None,
+        sampling: SamplingParams | None = None,
     ) -> None:
         if draw not in KINDS:
             raise ValueError(f"draw must be one of {', '.join(KINDS)}, got {draw!r}")
         if not branching or min(branching) < 1:
             raise ValueError(f"branching must be numbers >= 1, at least one, got {branching!r}")
-        super().__init__(model, costs)
+        if spine is not None and draw != "hybrid":
+            raise ValueError(f'spine needs draw="hybrid", whose sure tokens it gives, got draw={draw!r}')
+        super().__init__(model, costs, spine, sampling)
         self.draw, self.branching, self.confidence = draw, tuple(branching), confidence
         self.rule = rule or RULE_OF[draw]
         check_pair(self.rule, KINDS[draw], chain=max(branching) == 1)
 
     def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int, trust: Trust) -> _Draws:
-        return _Draws(seq, growth, self.draw, self._levels(budget, depth), self.confidence, trust)
-
-    def _levels(self, budget: int, depth: int) -> list[int]:
-        """Children (or, of the root, paths) of a node at each depth, as deep as the budget goes: at most `budget` nodes in all."""
-        counts: list[int] = []
-        width, nodes = 1, 1
-        while len(counts) < depth:
-            many = self.branching[min(len(counts), len(self.branching) - 1)] if self.draw != "iid" or not counts else 1
-            many = min(many, (budget - nodes) // width)  # the last level may be narrower
-            if many < 1:
-                break
-            width *= many
-            nodes += width
-            counts.append(many)
-        return counts
+        spine = spine_kind(SPINE, self._match.get(seq.id, 0))
+        return _Draws(seq, self.laws(seq), growth, self.draw, self.branching, budget, depth, self.confidence, trust, spine)
 
 
 @dataclass(slots=True)
 class _Draws:
-    """One row's tree, level by level."""
+    """One row's tree, level by level. Whatever decides how many draws a node gets was known before them."""
 
     seq: Sequence
+    params: SamplingParams  # of the drafter
     growth: Growth
     draw: str
-    levels: list[int]  # draws a node of each depth, at most
+    branching: Seq[int]
+    budget: int
+    depth: int
     confidence: float
     trust: Trust
+    spine: int  # kind of proposal of the spine's tokens
     tokens: list[int] = field(init=False)
     parents: list[int] = field(default_factory=lambda: [NO_PARENT])
     kinds: list[int] = field(default_factory=lambda: [int(Kind.DETERMINISTIC)])
     order: list[int] = field(default_factory=lambda: [0])
     counts: list[int] = field(default_factory=lambda: [1])
+    depths: list[int] = field(default_factory=lambda: [0])
     chances: list[float] = field(default_factory=lambda: [1.0])  # of being on the accepted path
     numbers: list[int] = field(default_factory=lambda: [ROOT])  # node -> node of the growth, NO_PARENT: not read
     expanded: list[int] = field(default_factory=lambda: [ROOT])  # node of the growth -> node
     laws: dict[int, np.ndarray] = field(default_factory=dict)  # node -> [V] float32; none at temperature 0
-    edges: dict[int, tuple[range, np.ndarray, np.ndarray]] = field(default_factory=dict)  # children, their kinds and logs
-    depth: int = 0  # levels that were drawn
-    begun: int = 1  # first node of the newest level
+    edges: dict[int, tuple[list[int], np.ndarray, np.ndarray]] = field(default_factory=dict)  # children, their kinds and logs
+    wanted: dict[int, int] = field(default_factory=dict)  # node that is being read -> children it gets (of i.i.d. paths: draws)
+    guessed: int = field(init=False)  # tokens of the spine: nodes 1 ... guessed
+    drawn: int = field(init=False)  # nodes and repeated draws so far
+    begun: int = field(init=False)  # first node of the newest level
 
     def __post_init__(self) -> None:
         self.tokens = [self.seq.token_ids[-1]]
+        for node, token in enumerate(self.growth.tokens[1:]):
+            self._add(node, token, Kind.DETERMINISTIC, 0)
+            self.chances.append(0.0)  # known when its parent's law is
+            self.numbers[-1] = node + 1
+            self.expanded.append(node + 1)
+        self.guessed = len(self.tokens) - 1
+        self.begun = len(self.tokens)
+        self.drawn = len(self.tokens)
+        self._want([node for node in self.expanded if self.depths[node] < self.depth])
+
+    def _want(self, nodes: Seq[int]) -> None:
+        """Settle how many children each of these nodes gets, its spine's aside; the last level may be narrower."""
+        left = self.budget - self.drawn
+        if self.draw == "iid":
+            paths = {node: self.counts[node] if node else self.branching[0] for node in nodes}
+            enough = ROOT in paths or sum(paths.values()) <= left
+            self.wanted = {node: min(many, left) if enough else 0 for node, many in paths.items()}
+            return
+        self.wanted = {}
+        share = left if self.guessed else left // max(1, len(nodes))
+        for node in nodes:
+            many = self.branching[min(self.depths[node], len(self.branching) - 1)] - (node < self.guessed)
+            self.wanted[node] = min(many, share, left)
+            left -= self.wanted[node]
 
     def receive(self, logits: torch.Tensor, first: int) -> None:
         """Logits [M, V] of the growth's nodes from `first` on: their children are drawn."""
-        if not len(logits) or self.depth >= len(self.levels):
+        if not len(logits):
             return
-        laws = log_law(logits, self.seq.params).exp().cpu().numpy()
+        laws = log_law(logits, self.params).exp().cpu().numpy()
         for node, law in zip(self.expanded[first:], laws):
-            begin, many = len(self.tokens), self.levels[self.depth]
-            whole = law.copy()
-            if self.seq.params.temperature == 0:
+            many, begin, whole = self.wanted.get(node, 0), len(self.tokens), law.copy()
+            sure = [node + 1] if node < self.guessed else []  # the spine's
+            if sure:
+                law[self.tokens[node + 1]] = 0.0 if self.params.temperature else -1.0
+            if self.params.temperature == 0:
                 self._add_sure(node, law, many)
             elif self.draw == "iid":
-                self.laws[node] = law
-                self._add_iid(node, law, self.counts[node] if node else many)
+                self._add_iid(node, law, many)
             else:
-                if self.draw == "hybrid":
+                if self.draw == "hybrid" and many and not sure:
                     self._add_sure(node, law, 1)
                     law[law.argmax()] = 0.0
                     many -= 1
-                self.laws[node] = law
                 self._add_distinct(node, law, many)
-            self._weigh(node, range(begin, len(self.tokens)), whole)
-        self.depth += 1
+            self._weigh(node, [*sure, *range(begin, len(self.tokens))], whole)
+            self.drawn += self.wanted.get(node, 0)
 
-    def _weigh(self, node: int, children: range, law: np.ndarray) -> None:
+    def _weigh(self, node: int, children: list[int], law: np.ndarray) -> None:
         """The chances of a node's children, by what such proposals were worth before."""
-        each = slice(children.start, children.stop)
-        drawn = np.array(self.kinds[each]) != Kind.DETERMINISTIC
-        kinds = np.where(drawn, np.minimum(FIRST + np.array(self.order[each]), LAST), SURE)
-        logs = np.log(np.maximum(law[self.tokens[each]], 1e-30))
+        if not children:
+            return
+        drawn = np.array([self.kinds[child] != Kind.DETERMINISTIC for child in children], np.bool_)
+        order = np.array([self.order[child] for child in children], np.intp)
+        kinds = np.where(drawn, np.minimum(FIRST + order, LAST), SURE)
+        if node < self.guessed:
+            kinds[0] = self.spine
+        logs = np.log(np.maximum(law[[self.tokens[child] for child in children]], 1e-30))
         self.edges[node] = children, kinds, logs
-        self.chances += (self.chances[node] * self.trust.chances(kinds, logs)).tolist()
+        chances = (self.chances[node] * self.trust.chances(kinds, logs)).tolist()
+        if node < self.guessed:
+            self.chances[node + 1] = chances.pop(0)
+        self.chances += chances
 
     def _add(self, node: int, token: int, kind: Kind, order: int) -> None:
         self.tokens.append(token)
@@ -154,6 +186,7 @@ class _Draws:
         self.kinds.append(int(kind))
         self.order.append(order)
         self.counts.append(1)
+        self.depths.append(self.depths[node] + 1)
         self.numbers.append(NO_PARENT)
 
     def _add_sure(self, node: int, law: np.ndarray, many: int) -> None:
@@ -165,6 +198,7 @@ class _Draws:
             self._add(node, token, Kind.DETERMINISTIC, 0)
 
     def _add_iid(self, node: int, law: np.ndarray, many: int) -> None:
+        self.laws[node] = law
         place: dict[int, int] = {}
         for draw in range(many):
             token = self._pick(law, node, draw)
@@ -175,6 +209,7 @@ class _Draws:
                 self._add(node, token, Kind.IID, draw)
 
     def _add_distinct(self, node: int, law: np.ndarray, many: int) -> None:
+        self.laws[node] = law
         left = law.copy()
         for draw in range(many):
             if not left.any():
@@ -188,9 +223,9 @@ class _Draws:
 
     def fresh(self) -> list[int]:
         """The nodes of the new level, but for those that are not worth children."""
-        if self.depth >= len(self.levels):
-            return []
-        return [node for node in range(self.begun, len(self.tokens)) if self.chances[node] >= self.confidence]
+        level = [node for node in range(self.begun, len(self.tokens)) if self.depths[node] < self.depth]
+        self._want([node for node in level if self.chances[node] >= self.confidence])
+        return [node for node, many in self.wanted.items() if many]
 
     def promise(self, nodes: Seq[int]) -> float:
         return self.trust.hold * sum(self.chances[node] for node in nodes)
@@ -199,10 +234,7 @@ class _Draws:
         return np.cumsum(self.chances)
 
     def size_with(self, nodes: Seq[int]) -> int:
-        if not nodes:
-            return len(self.tokens)
-        many = self.levels[self.depth]
-        return len(self.tokens) + sum(self.counts[node] if self.draw == "iid" else many for node in nodes)
+        return len(self.tokens) + sum(self.wanted[node] for node in nodes)
 
     def read(self, nodes: Seq[int]) -> None:
         self.begun = len(self.tokens)
@@ -215,10 +247,11 @@ class _Draws:
         count = len(self.tokens)
         source = np.full(count, Source.MODEL, np.uint8)
         source[ROOT] = Source.ROOT
+        source[1 : self.guessed + 1] = Source.CONTEXT
         sampled = bool(self.laws)
         probs = None
         if sampled:
-            probs = np.zeros((count, len(self.laws[ROOT])), np.float32)
+            probs = np.zeros((count, len(next(iter(self.laws.values())))), np.float32)
             for node, law in self.laws.items():
                 probs[node] = law
         return DraftTree(
@@ -237,4 +270,4 @@ class _Draws:
         for node, token in zip(verdict.nodes.tolist(), said):
             if (found := self.edges.get(node)) is not None:
                 children, kinds, logs = found
-                self.trust.learn(kinds, logs, tree.tokens[children.start : children.stop] == token)
+                self.trust.learn(kinds, logs, tree.tokens[children] == token)
