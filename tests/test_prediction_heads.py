@@ -15,6 +15,7 @@ from transformers.modeling_layers import MtpModel
 from conftest import make_tiny_llama
 from specdec import Engine, SamplingParams
 from specdec.sources.prediction_heads import PredictionHeads, load_heads
+from specdec.target import UnsupportedModelError
 from test_draft_model import GREEDY, PROMPTS, same_as_plain
 
 LAYERS = 2
@@ -147,4 +148,10 @@ def test_models_without_such_a_layer_are_refused(model: Any, folder: Path) -> No
     kept = {name: value for name, value in load_file(file).items() if "eh_proj" not in name}
     save_file(kept, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="cannot read the extra layers of .*eh_proj.*fix: another drafter"):
+        PredictionHeads(model, 64)
+
+
+def test_frequencies_that_depend_on_the_length_are_refused(model: Any) -> None:
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(UnsupportedModelError, match='drafter "mtp" does not follow dynamic RoPE. Fix: another drafter'):
         PredictionHeads(model, 64)

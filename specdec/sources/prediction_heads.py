@@ -26,7 +26,7 @@ from specdec.draft_tree import DraftTree
 from specdec.kv_cache import KVCache
 from specdec.sequence import Sequence
 from specdec.sources.draft_model import DraftModel, Growth
-from specdec.target import PREFILL_CHUNK, TargetModel
+from specdec.target import PREFILL_CHUNK, TargetModel, UnsupportedModelError
 
 __all__ = ["PredictionHeads", "load_heads"]
 
@@ -94,6 +94,9 @@ class PredictionHeads(DraftModel):
     def __init__(self, model: Any, vocab_size: int) -> None:
         self._layer = _Reader(load_heads(model))
         super().__init__(self._layer, vocab_size)
+        if self.reader.rope.kind is not None:
+            fix = 'another drafter, such as "early_exit:8"'
+            raise UnsupportedModelError(self.reader.name, f'drafter "mtp" does not follow {self.reader.rope.kind} RoPE', fix)
         self._target: TargetModel | None = None
         self._hidden: dict[int, list[torch.Tensor]] = {}  # request -> target's states [K, H] not read yet
         self._requests: dict[int, int] = {}  # row of the target's cache -> request
