@@ -104,7 +104,8 @@ class Engine:
         state: file of a state saved by save_state, to start warm.
         prefix_backend: "op", or on CUDA "flash_attn": flash-attn attends to the committed tokens and specdec's op to the trees.
         drafter: a smaller model of the same tokenizer, its folder or hub name, "early_exit:8" (the model's own first 8 layers) or
-            "mtp" (the extra prediction layer of its checkpoint); for the methods of specdec.DRAFTER_METHODS and for "auto", which uses it where that is faster.
+            "mtp" (the extra prediction layer of its checkpoint); for the methods of specdec.DRAFTER_METHODS and for "auto", which
+            uses it where that is faster.
 
     Raises:
         UnsupportedModelError: the model cannot be accelerated without risking its output.

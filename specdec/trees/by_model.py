@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from specdec.cost_model import CostModel
-from specdec.draft_tree import NO_PARENT, DraftTree, TopK, Verdict
+from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, TopK, Verdict
 from specdec.sequence import SamplingParams, Sequence
 from specdec.sources.draft_model import DraftModel, Growth
 from specdec.trees.base import TreeBuilder
@@ -24,7 +24,7 @@ from specdec.trees.chain import Chain
 from specdec.trees.per_class import PerClass
 from specdec.trees.trust import Trust
 
-__all__ = ["Costs", "Drafted", "Plan", "TreeByModel", "spine_kind"]
+__all__ = ["Costs", "Drafted", "Edges", "Plan", "TreeByModel", "spine_kind"]
 
 
 LONGEST_SPINE = 15
@@ -37,40 +37,102 @@ class Costs(NamedTuple):
     drafter: CostModel
 
 
+class Edges(NamedTuple):
+    """The proposals for one node's children, as Trust counts them."""
+
+    tokens: np.ndarray  # [C]
+    kinds: np.ndarray  # [C]
+    logs: np.ndarray  # [C] log-probabilities by the drafter
+
+
 @dataclass(frozen=True, slots=True)
 class Drafted:
     """`evidence` of these trees."""
 
-    read: np.ndarray  # [N] int32, each node's number in the growth; NO_PARENT where the drafter has not read it
+    nodes: np.ndarray  # [N] each node's number in the plan
+    read: np.ndarray  # [N] int32, and in the growth; NO_PARENT where the drafter has not read it
     plan: Plan
-
-
-class Plan(Protocol):
-    """One row's tree in the making."""
-
-    def receive(self, logits: torch.Tensor, first: int) -> None:
-        """Logits [M, V] of the growth's nodes from `first` on."""
-
-    def fresh(self) -> list[int]:
-        """The nodes that the drafter would read next; none: the tree is complete."""
-
-    def promise(self, nodes: Seq[int]) -> float:
-        """Tokens that the children of these nodes are expected to add to the accepted path."""
-
-    def expected(self) -> np.ndarray:
-        """[M] float64: tokens that a step is expected to emit with the best m nodes, m = 1 ... M."""
-
-    def size_with(self, nodes: Seq[int]) -> int:
-        """Nodes of the tree when `nodes` have been read and have children."""
-
-    def read(self, nodes: Seq[int]) -> None:
-        """Adds them to the growth."""
-
-    def tree(self, size: int) -> DraftTree:
-        """The tree, of at most `size` nodes where the builder may choose; its `evidence` is a Drafted."""
 
     def learn(self, tree: DraftTree, verdict: Verdict) -> None:
         """What the target said after the nodes that it visited."""
+        said = [*tree.tokens[verdict.nodes[1:]].tolist(), verdict.next_token]
+        for node, token in zip(self.nodes[verdict.nodes].tolist(), said):
+            if (children := self.plan.edges.get(node)) is not None:
+                self.plan.trust.learn(children.kinds, children.logs, children.tokens == token)
+
+
+@dataclass
+class Plan:
+    """One row's tree in the making. A node is a candidate for the tree; `numbers` says which of them the drafter reads.
+
+    Node 1 ... `guessed` are the spine's, which come with the root; they get their chances with their parents' laws.
+    """
+
+    seq: Sequence
+    params: SamplingParams  # of the drafter
+    growth: Growth  # what the drafter reads
+    budget: int
+    depth: int
+    trust: Trust
+    match: int  # tokens of context that the spine's text shares
+    tokens: list[int] = field(init=False)
+    parents: list[int] = field(init=False, default_factory=lambda: [NO_PARENT])
+    depths: list[int] = field(init=False, default_factory=lambda: [0])
+    chances: list[float] = field(init=False, default_factory=lambda: [1.0])  # of being on the accepted path
+    numbers: list[int] = field(init=False, default_factory=lambda: [ROOT])  # node -> node of the growth, NO_PARENT: not read
+    expanded: list[int] = field(init=False, default_factory=lambda: [ROOT])  # node of the growth -> node
+    edges: dict[int, Edges] = field(init=False, default_factory=dict)  # node -> its children
+    guessed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = [self.seq.token_ids[-1]]
+        for node, token in enumerate(self.growth.tokens[1:]):
+            self.add(node, token, 0.0)
+            self.numbers[-1] = node + 1
+            self.expanded.append(node + 1)
+        self.guessed = len(self.tokens) - 1
+
+    def add(self, parent: int, token: int, chance: float) -> None:
+        """A new node."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        self.chances.append(chance)
+        self.numbers.append(NO_PARENT)
+
+    def receive(self, logits: torch.Tensor, first: int) -> None:
+        """Logits [M, V] of the growth's nodes from `first` on."""
+        raise NotImplementedError
+
+    def fresh(self) -> list[int]:
+        """The nodes that the drafter would read next; none: the tree is complete."""
+        raise NotImplementedError
+
+    def promise(self, nodes: Seq[int]) -> float:
+        """Tokens that the children of these nodes are expected to add to the accepted path."""
+        return self.trust.hold * sum(self.chances[node] for node in nodes)
+
+    def expected(self) -> np.ndarray:
+        """[M] float64: tokens that a step is expected to emit with the best m nodes, m = 1 ... M."""
+        raise NotImplementedError
+
+    def size_with(self, nodes: Seq[int]) -> int:
+        """Nodes of the tree when `nodes` have been read and have children."""
+        raise NotImplementedError
+
+    def read(self, nodes: Seq[int]) -> None:
+        """Adds them to the growth."""
+        for node in nodes:
+            self.numbers[node] = self.growth.add(self.numbers[self.parents[node]], self.tokens[node])
+            self.expanded.append(node)
+
+    def tree(self, size: int) -> DraftTree:
+        """The tree, of at most `size` nodes where the builder may choose; its `evidence` is a Drafted."""
+        raise NotImplementedError
+
+    def drafted(self, nodes: Seq[int]) -> Drafted:
+        """The evidence of a tree of these nodes."""
+        return Drafted(np.array(nodes, np.intp), np.array([self.numbers[node] for node in nodes], np.int32), self)
 
 
 class TreeByModel:
@@ -104,8 +166,8 @@ class TreeByModel:
         self.clock = time.perf_counter
         self.trusts: PerClass[Trust] = PerClass(Trust)
 
-    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int, trust: Trust) -> Plan:
-        """A tree of at most `budget` nodes and this depth; the growth may hold nodes beside the root, which are read with it."""
+    def plan(self, **shared: Any) -> Plan:
+        """A Plan of these, the fields of every Plan; the growth may hold nodes beside the root, which are read with it."""
         raise NotImplementedError
 
     def guesses(self, seq: Sequence, longest: int) -> list[int]:
@@ -138,7 +200,15 @@ class TreeByModel:
         guesses = [self.guesses(seq, min(budget - 1, limit)) for seq, budget, limit in zip(seqs, budgets, limits)]
         growths, logits = self.model.grow(seqs, guesses)
         plans = [
-            self.plan(seq, growth, budget, limit, self.trusts[seq.params])
+            self.plan(
+                seq=seq,
+                params=self.laws(seq),
+                growth=growth,
+                budget=budget,
+                depth=limit,
+                trust=self.trusts[seq.params],
+                match=self._match.get(seq.id, 0),
+            )
             for seq, growth, budget, limit in zip(seqs, growths, budgets, limits)
         ]
         known, started = [0] * len(plans), begin
@@ -188,7 +258,7 @@ class TreeByModel:
         if isinstance(tree.evidence, Drafted):  # else the drafter has read nothing of it
             read = tree.evidence.read[verdict.nodes]
             self.model.keep(seq, read[: np.argmin(np.append(read, NO_PARENT))].tolist())
-            tree.evidence.plan.learn(tree, verdict)
+            tree.evidence.learn(tree, verdict)
         self.model.verified(seq, verdict.nodes.tolist())
 
     def finish(self, seq: Sequence) -> None:

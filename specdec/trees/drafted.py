@@ -22,16 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source, Verdict
-from specdec.sequence import SamplingParams, Sequence
-from specdec.sources.draft_model import DraftModel, Growth, log_law
-from specdec.trees.by_model import Costs, Drafted, TreeByModel, spine_kind
+from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source
+from specdec.sequence import SamplingParams
+from specdec.sources.draft_model import DraftModel, log_law
+from specdec.trees.by_model import Costs, Edges, Plan, TreeByModel, spine_kind
 from specdec.trees.chain import Chain
-from specdec.trees.trust import Trust
 
 __all__ = ["DraftedTree"]
 
@@ -66,66 +66,33 @@ class DraftedTree(TreeByModel):
         super().__init__(model, costs, spine, sampling)
         self.width, self.min_gain = width, min_gain if costs is None else 0.0
 
-    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int, trust: Trust) -> _Plan:
-        match = self._match.get(seq.id, 0)
-        return _Plan(seq, self.laws(seq), growth, budget, depth, self.width, self.min_gain, trust, match)
+    def plan(self, **shared: Any) -> _Plan:
+        return _Plan(**shared, width=self.width, min_gain=self.min_gain)
 
 
-@dataclass(slots=True)
-class _Plan:
-    """The candidates of one row. No child's chance is above its parent's."""
+@dataclass
+class _Plan(Plan):
+    """No node's chance is above its parent's."""
 
-    seq: Sequence
-    params: SamplingParams  # of the drafter
-    growth: Growth  # what the drafter reads: a node of it is a candidate that was expanded
-    budget: int
-    depth: int
-    width: int
-    min_gain: float
-    trust: Trust
-    match: int
-    tokens: list[int] = field(init=False)
-    parents: list[int] = field(default_factory=lambda: [NO_PARENT])
-    depths: list[int] = field(default_factory=lambda: [0])
-    chances: list[float] = field(default_factory=lambda: [1.0])  # of being on the accepted path
-    sources: list[int] = field(default_factory=lambda: [int(Source.ROOT)])
-    numbers: list[int] = field(default_factory=lambda: [ROOT])  # candidate -> node of the growth, NO_PARENT: not expanded
-    expanded: list[int] = field(default_factory=lambda: [0])  # node of the growth -> candidate
-    edges: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict)  # tokens, kinds, logs of children
+    width: int = WIDTH
+    min_gain: float = MIN_GAIN
     noise: dict[int, torch.Tensor] = field(default_factory=dict)  # depth -> [V], which all its nodes share
-    chosen: list[int] = field(default_factory=list)  # node of the tree -> candidate
-
-    def __post_init__(self) -> None:
-        self.tokens = [self.seq.token_ids[-1]]
-        for node, token in enumerate(self.growth.tokens[1:]):
-            self._add(node, token, 0.0, Source.CONTEXT)  # its chance is known when the root's logits are
-            self.numbers[-1] = node + 1
-            self.expanded.append(node + 1)
-
-    def _add(self, parent: int, token: int, chance: float, source: Source) -> None:
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.depths.append(self.depths[parent] + 1)
-        self.chances.append(chance)
-        self.sources.append(int(source))
-        self.numbers.append(NO_PARENT)
 
     def receive(self, logits: torch.Tensor, first: int) -> None:
         """Logits [M, V] of the growth's nodes from `first` on: their best children become candidates."""
-        spine = len(self.growth.tokens) if first == 0 else 0  # those that came with the root
         for node, row in enumerate(logits, first):
             parent = self.expanded[node]
             if self.depths[parent] >= self.depth:
                 continue
-            beside = parent + 1 if node + 1 < spine else None
+            beside = parent + 1 if parent < self.guessed else None
             tokens, kinds, logs = self._children(row, self.depths[parent], None if beside is None else self.tokens[beside])
             chances = self.chances[parent] * self.trust.chances(kinds, logs)
-            self.edges[parent] = tokens, kinds, logs
+            self.edges[parent] = Edges(tokens, kinds, logs)
             for token, chance, kind in zip(tokens.tolist(), chances.tolist(), kinds.tolist()):
                 if kind >= SPINE and beside is not None:
                     self.chances[beside] = chance
                 else:
-                    self._add(parent, token, chance, Source.MODEL)
+                    self.add(parent, token, chance)
 
     def _children(self, logits: torch.Tensor, depth: int, spine: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The best tokens after a node at `depth`, the spine's among them: tokens, kinds and log-probabilities [C]."""
@@ -157,36 +124,25 @@ class _Plan:
         best = sorted(best, key=lambda node: -self.chances[node])[: self.width]
         return sorted(best) if sum(self.chances[node] for node in best) >= self.min_gain else []
 
-    def promise(self, nodes: Seq[int]) -> float:
-        return self.trust.hold * sum(self.chances[node] for node in nodes)
-
     def expected(self) -> np.ndarray:
         return np.cumsum(np.sort(self.chances)[::-1][: self.budget])
 
     def size_with(self, nodes: Seq[int]) -> int:
         return min(self.budget, len(self.tokens) + BRANCHES * len(nodes))
 
-    def read(self, nodes: Seq[int]) -> None:
-        for node in nodes:
-            self.numbers[node] = self.growth.add(self.numbers[self.parents[node]], self.tokens[node])
-            self.expanded.append(node)
-
     def tree(self, size: int) -> DraftTree:
         """The best candidates."""
-        self.chosen = nodes = self.best(min(size, self.budget))
+        nodes = self.best(min(size, self.budget))
         index = {node: i for i, node in enumerate(nodes)} | {NO_PARENT: NO_PARENT}
         kind = None if self.seq.params.temperature == 0 else np.full(len(nodes), Kind.SHARED_NOISE, np.uint8)
         return DraftTree(
             np.array([self.tokens[node] for node in nodes], np.int64),
             np.array([index[self.parents[node]] for node in nodes], np.int32),
-            source=np.array([self.sources[node] for node in nodes], np.uint8),
+            source=np.array([_source(node, self.guessed) for node in nodes], np.uint8),
             kind=kind,
-            evidence=Drafted(np.array([self.numbers[node] for node in nodes], np.int32), self),
+            evidence=self.drafted(nodes),
         )
 
-    def learn(self, tree: DraftTree, verdict: Verdict) -> None:
-        said = [*tree.tokens[verdict.nodes[1:]].tolist(), verdict.next_token]
-        for node, token in zip(verdict.nodes.tolist(), said):
-            if (children := self.edges.get(self.chosen[node])) is not None:
-                tokens, kinds, logs = children
-                self.trust.learn(kinds, logs, tokens == token)
+
+def _source(node: int, guessed: int) -> Source:
+    return Source.ROOT if node == ROOT else Source.CONTEXT if node <= guessed else Source.MODEL

@@ -19,16 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, Kind, Source, Verdict
-from specdec.sequence import SamplingParams, Sequence
-from specdec.sources.draft_model import DraftModel, Growth, log_law
-from specdec.trees.by_model import Costs, Drafted, TreeByModel, spine_kind
+from specdec.draft_tree import ROOT, DraftTree, Kind, Source
+from specdec.sequence import SamplingParams
+from specdec.sources.draft_model import DraftModel, log_law
+from specdec.trees.by_model import Costs, Edges, Plan, TreeByModel, spine_kind
 from specdec.trees.chain import Chain
-from specdec.trees.trust import Trust
 from specdec.verify.legality import check_pair
 from specdec.verify.step import DRAFT
 
@@ -79,51 +79,29 @@ class SampledTree(TreeByModel):
         self.rule = rule or RULE_OF[draw]
         check_pair(self.rule, KINDS[draw], chain=max(branching) == 1)
 
-    def plan(self, seq: Sequence, growth: Growth, budget: int, depth: int, trust: Trust) -> _Draws:
-        spine = spine_kind(SPINE, self._match.get(seq.id, 0))
-        return _Draws(seq, self.laws(seq), growth, self.draw, self.branching, budget, depth, self.confidence, trust, spine)
+    def plan(self, **shared: Any) -> _Draws:
+        return _Draws(**shared, draw=self.draw, branching=self.branching, confidence=self.confidence)
 
 
-@dataclass(slots=True)
-class _Draws:
-    """One row's tree, level by level. Whatever decides how many draws a node gets was known before them."""
+@dataclass
+class _Draws(Plan):
+    """Level by level. Whatever decides how many draws a node gets was known before them."""
 
-    seq: Sequence
-    params: SamplingParams  # of the drafter
-    growth: Growth
-    draw: str
-    branching: Seq[int]
-    budget: int
-    depth: int
-    confidence: float
-    trust: Trust
-    spine: int  # kind of proposal of the spine's tokens
-    tokens: list[int] = field(init=False)
-    parents: list[int] = field(default_factory=lambda: [NO_PARENT])
-    kinds: list[int] = field(default_factory=lambda: [int(Kind.DETERMINISTIC)])
-    order: list[int] = field(default_factory=lambda: [0])
-    counts: list[int] = field(default_factory=lambda: [1])
-    depths: list[int] = field(default_factory=lambda: [0])
-    chances: list[float] = field(default_factory=lambda: [1.0])  # of being on the accepted path
-    numbers: list[int] = field(default_factory=lambda: [ROOT])  # node -> node of the growth, NO_PARENT: not read
-    expanded: list[int] = field(default_factory=lambda: [ROOT])  # node of the growth -> node
-    laws: dict[int, np.ndarray] = field(default_factory=dict)  # node -> [V] float32; none at temperature 0
-    edges: dict[int, tuple[list[int], np.ndarray, np.ndarray]] = field(default_factory=dict)  # children, their kinds and logs
-    wanted: dict[int, int] = field(default_factory=dict)  # node that is being read -> children it gets (of i.i.d. paths: draws)
-    guessed: int = field(init=False)  # tokens of the spine: nodes 1 ... guessed
+    draw: str = "hybrid"
+    branching: Seq[int] = (1,)
+    confidence: float = CONFIDENCE
+    kinds: list[int] = field(init=False, default_factory=lambda: [int(Kind.DETERMINISTIC)])
+    order: list[int] = field(init=False, default_factory=lambda: [0])
+    counts: list[int] = field(init=False, default_factory=lambda: [1])
+    laws: dict[int, np.ndarray] = field(init=False, default_factory=dict)  # node -> [V] float32; none at temperature 0
+    wanted: dict[int, int] = field(init=False)  # node that is being read -> children it gets (of i.i.d. paths: draws)
     drawn: int = field(init=False)  # nodes and repeated draws so far
     begun: int = field(init=False)  # first node of the newest level
 
     def __post_init__(self) -> None:
-        self.tokens = [self.seq.token_ids[-1]]
-        for node, token in enumerate(self.growth.tokens[1:]):
-            self._add(node, token, Kind.DETERMINISTIC, 0)
-            self.chances.append(0.0)  # known when its parent's law is
-            self.numbers[-1] = node + 1
-            self.expanded.append(node + 1)
-        self.guessed = len(self.tokens) - 1
-        self.begun = len(self.tokens)
-        self.drawn = len(self.tokens)
+        super().__post_init__()
+        self.begun = self.drawn = len(self.tokens)
+        self.kinds, self.order, self.counts = (column * self.drawn for column in (self.kinds, self.order, self.counts))
         self._want([node for node in self.expanded if self.depths[node] < self.depth])
 
     def _want(self, nodes: Seq[int]) -> None:
@@ -172,22 +150,18 @@ class _Draws:
         order = np.array([self.order[child] for child in children], np.intp)
         kinds = np.where(drawn, np.minimum(FIRST + order, LAST), SURE)
         if node < self.guessed:
-            kinds[0] = self.spine
-        logs = np.log(np.maximum(law[[self.tokens[child] for child in children]], 1e-30))
-        self.edges[node] = children, kinds, logs
-        chances = (self.chances[node] * self.trust.chances(kinds, logs)).tolist()
-        if node < self.guessed:
-            self.chances[node + 1] = chances.pop(0)
-        self.chances += chances
+            kinds[0] = spine_kind(SPINE, self.match)
+        tokens = np.array([self.tokens[child] for child in children])
+        logs = np.log(np.maximum(law[tokens], 1e-30))
+        self.edges[node] = Edges(tokens, kinds, logs)
+        for child, chance in zip(children, (self.chances[node] * self.trust.chances(kinds, logs)).tolist()):
+            self.chances[child] = chance
 
     def _add(self, node: int, token: int, kind: Kind, order: int) -> None:
-        self.tokens.append(token)
-        self.parents.append(node)
+        self.add(node, token, 0.0)  # weighed with its siblings
         self.kinds.append(int(kind))
         self.order.append(order)
         self.counts.append(1)
-        self.depths.append(self.depths[node] + 1)
-        self.numbers.append(NO_PARENT)
 
     def _add_sure(self, node: int, law: np.ndarray, many: int) -> None:
         """The most probable tokens."""
@@ -227,9 +201,6 @@ class _Draws:
         self._want([node for node in level if self.chances[node] >= self.confidence])
         return [node for node, many in self.wanted.items() if many]
 
-    def promise(self, nodes: Seq[int]) -> float:
-        return self.trust.hold * sum(self.chances[node] for node in nodes)
-
     def expected(self) -> np.ndarray:
         return np.cumsum(self.chances)
 
@@ -238,9 +209,7 @@ class _Draws:
 
     def read(self, nodes: Seq[int]) -> None:
         self.begun = len(self.tokens)
-        for node in nodes:
-            self.numbers[node] = self.growth.add(self.numbers[self.parents[node]], self.tokens[node])
-            self.expanded.append(node)
+        super().read(nodes)
 
     def tree(self, size: int) -> DraftTree:
         """All that was drawn, whatever `size` is."""
@@ -262,12 +231,5 @@ class _Draws:
             draw_index=np.array(self.order, np.int32) if sampled else None,
             multiplicity=np.array(self.counts, np.int32) if sampled else None,
             probs=probs,
-            evidence=Drafted(np.array(self.numbers, np.int32), self),
+            evidence=self.drafted(range(count)),
         )
-
-    def learn(self, tree: DraftTree, verdict: Verdict) -> None:
-        said = [*tree.tokens[verdict.nodes[1:]].tolist(), verdict.next_token]
-        for node, token in zip(verdict.nodes.tolist(), said):
-            if (found := self.edges.get(node)) is not None:
-                children, kinds, logs = found
-                self.trust.learn(kinds, logs, tree.tokens[children] == token)
