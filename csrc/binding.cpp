@@ -8,8 +8,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -80,8 +82,16 @@ void parallel_chunks(int64_t count, int64_t chunk, const Prepare& prepare, const
   });
 }
 
-Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+Tensor torch_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// More than `max_rows` rows, which a compiled model knows only when it runs, are torch's (-1: none are).
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t max_rows) {
   check(x, weight, bias);
+  if (max_rows >= 0 && x.numel() > max_rows * weight.size(1)) return torch_linear(x, weight, bias);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   const int64_t in_features = weight.size(1), out_features = weight.size(0);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -239,6 +249,144 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor query, Tensor keys, Tensor 
   return {output, lse};
 }
 
+// ---- cached_tree_attention ---------------------------------------------------------------------------------------------
+
+// What one forward of a compiled model attends to, the same for all its layers; see CompiledForward for how it is packed.
+// The first `known` nodes of a row were in an earlier forward: they are in the cache and have no token here.
+struct Step {
+  int64_t first_row, rows, nodes, fresh;  // nodes: of the largest tree; fresh: most that are not known
+  const int32_t *prefix_lengths, *node_counts, *known, *ancestor_mask, *depths;
+
+  bool all_fresh() const { return fresh == nodes && std::all_of(known, known + rows, [](int32_t count) { return count == 0; }); }
+};
+
+Step unpack_step(const Tensor& packed) {
+  constexpr int64_t kHeader = 4;
+  CHECK_ARGUMENT(packed.scalar_type() == ScalarType::Int && packed.is_contiguous() && packed.is_cpu() && packed.dim() == 1 && packed.numel() >= kHeader,
+                 "step must be a contiguous int32 tensor on the CPU");
+  const int32_t* const data = static_cast<const int32_t*>(packed.data_ptr());
+  const int64_t rows = data[1], nodes = data[2], fresh = data[3], words = (nodes + 31) / 32;
+  CHECK_ARGUMENT(data[0] >= 0 && rows >= 1 && fresh >= 1 && fresh <= nodes && packed.numel() == kHeader + rows * (3 + nodes * (words + 1)),
+                 "step does not hold what its header says");
+  const int32_t *const counts = data + kHeader + rows, *const known = counts + rows, *const mask = known + rows;
+  for (int64_t row = 0; row < rows; ++row)
+    CHECK_ARGUMENT(0 <= known[row] && known[row] <= counts[row] && counts[row] <= nodes && counts[row] - known[row] <= fresh,
+                   "step: row ", row, " has ", counts[row], " nodes, ", known[row], " of them known");
+  return {data[0], rows, nodes, fresh, data + kHeader, counts, known, mask, mask + rows * nodes * words};
+}
+
+// The keys or values of one layer in its group's buffer [G, R, H, C, D].
+struct Slab {
+  char* data;
+  int64_t heads, slots, dim, item_size;
+  int64_t strides[3];  // of row, head, slot, in elements
+};
+
+Slab slab(const Tensor& buffers, int64_t index, const Step& step, const char* name) {
+  CHECK_ARGUMENT(buffers.dim() == 5 && index >= 0 && index < buffers.size(0), name, " must be [G, R, H, C, D] with the layer's index below G");
+  CHECK_ARGUMENT(buffers.is_cpu() && buffers.stride(4) == 1, name, " must be on the CPU and contiguous in its last dimension");
+  CHECK_ARGUMENT(step.first_row + step.rows <= buffers.size(1), name, " has ", buffers.size(1), " rows, step needs ", step.first_row + step.rows);
+  const int64_t item_size = buffers.element_size();
+  char* const first = static_cast<char*>(buffers.data_ptr()) + (index * buffers.stride(0) + step.first_row * buffers.stride(1)) * item_size;
+  return {first, buffers.size(2), buffers.size(3), buffers.size(4), item_size, {buffers.stride(1), buffers.stride(2), buffers.stride(3)}};
+}
+
+// Writes the new nodes' keys or values, [1, H, T, D], to the slots after each row's prefix.
+void store(const Tensor& fresh, const Slab& to, const Step& step, const Tensor& query, const char* name) {
+  CHECK_ARGUMENT(fresh.dim() == 4 && fresh.size(0) == 1 && fresh.size(1) == to.heads && fresh.size(2) == query.size(2) &&
+                     fresh.size(3) == to.dim && fresh.stride(3) == 1 && fresh.scalar_type() == query.scalar_type() && fresh.is_cpu(),
+                 name, " must be [1, heads of its buffer, tokens of query, head dimension of its buffer], of query's dtype, contiguous in its last dimension");
+  const char* const from = static_cast<const char*>(fresh.data_ptr());
+  for (int64_t row = 0; row < step.rows; ++row) {
+    const int64_t start = step.prefix_lengths[row], count = step.node_counts[row], known = step.known[row];
+    CHECK_ARGUMENT(start >= 0 && start + count <= to.slots, name, ": row ", row, " does not fit in its buffer's ", to.slots, " slots");
+    for (int64_t head = 0; head < to.heads; ++head)
+      for (int64_t node = known; node < count; ++node)
+        std::memcpy(to.data + (row * to.strides[0] + head * to.strides[1] + (start + node) * to.strides[2]) * to.item_size,
+                    from + (head * fresh.stride(1) + (row * step.fresh + node - known) * fresh.stride(2)) * to.item_size,
+                    to.dim * to.item_size);
+  }
+}
+
+// move(row, node, token) for every fresh node.
+template <class Move>
+void for_each_fresh(const Step& step, const Move& move) {
+  for (int64_t row = 0; row < step.rows; ++row)
+    for (int64_t node = step.known[row]; node < step.node_counts[row]; ++node) move(row, node, row * step.fresh + node - step.known[row]);
+}
+
+// query [1, H, T, D] of the fresh nodes -> [H, B * N, D] of all nodes, zeros for the others.
+Tensor spread(const Tensor& query, const Step& step) {
+  const int64_t heads = query.size(1), dim = query.size(3), size = query.element_size(), places = step.rows * step.nodes;
+  Tensor all = torch::stable::new_zeros(query, {1, heads, places, dim});
+  for_each_fresh(step, [&](int64_t row, int64_t node, int64_t token) {
+    for (int64_t head = 0; head < heads; ++head)
+      std::memcpy(static_cast<char*>(all.data_ptr()) + (head * places + row * step.nodes + node) * dim * size,
+                  static_cast<const char*>(query.data_ptr()) + (head * query.stride(1) + token * query.stride(2)) * size, dim * size);
+  });
+  return all;
+}
+
+// output [B, N, H, D] of all nodes -> the fresh ones' in fresh [1, T, H, D], zeros elsewhere.
+void collect(const Tensor& output, const Step& step, const Tensor& fresh) {
+  const int64_t size = fresh.size(2) * fresh.size(3) * fresh.element_size();
+  std::memset(fresh.data_ptr(), 0, fresh.numel() * fresh.element_size());
+  for_each_fresh(step, [&](int64_t row, int64_t node, int64_t token) {
+    std::memcpy(static_cast<char*>(fresh.data_ptr()) + token * size, static_cast<const char*>(output.data_ptr()) + (row * step.nodes + node) * size, size);
+  });
+}
+
+Tensor cached_tree_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor key_buffers, Tensor value_buffers, int64_t key_index,
+                                 int64_t value_index, Tensor packed_step, double scale, double softcap, int64_t window) {
+  const Step step = unpack_step(packed_step);
+  CHECK_ARGUMENT(query.is_cpu() && query.dim() == 4 && query.size(0) == 1 && query.stride(3) == 1 && query.size(2) >= step.rows * step.fresh,
+                 "query must be [1, heads, tokens, head dimension] on the CPU, contiguous in its last dimension, with a token for every node");
+  CHECK_ARGUMENT(key_buffers.scalar_type() == query.scalar_type() && value_buffers.scalar_type() == query.scalar_type(),
+                 "key_buffers and value_buffers must have query's dtype");
+  const Slab keys = slab(key_buffers, key_index, step, "key_buffers"), values = slab(value_buffers, value_index, step, "value_buffers");
+  CHECK_ARGUMENT(keys.dim == query.size(3) && values.dim == keys.dim && values.heads == keys.heads && values.slots == keys.slots,
+                 "query, key_buffers and value_buffers must agree in head dimension, heads and slots");
+  store(key, keys, step, query, "key");
+  store(value, values, step, query, "value");
+
+  const int64_t tokens = query.size(2), heads = query.size(1), places = step.rows * step.nodes;
+  const bool direct = step.all_fresh();
+  const Tensor queries = direct ? query : spread(query, step);
+  Tensor output = torch::stable::new_empty(query, {1, direct ? tokens : places, heads, keys.dim});
+  const int64_t node_size = heads * keys.dim * keys.item_size;
+  if (direct) std::memset(static_cast<char*>(output.data_ptr()) + places * node_size, 0, (tokens - places) * node_size);
+  const TreeAttentionParams params = {
+      .struct_size = sizeof(TreeAttentionParams),
+      .query = queries.data_ptr(),
+      .key_cache = keys.data,
+      .value_cache = values.data,
+      .prefix_lengths = step.prefix_lengths,
+      .node_counts = step.node_counts,
+      .ancestor_mask = step.ancestor_mask,
+      .depths = step.depths,
+      .output = output.data_ptr(),
+      .query_strides = {step.nodes * queries.stride(2), queries.stride(1), queries.stride(2)},
+      .key_strides = {keys.strides[0], keys.strides[1], keys.strides[2]},
+      .value_strides = {values.strides[0], values.strides[1], values.strides[2]},
+      .dtype = dtype_of(query, "cached_tree_attention: query"),
+      .batch = int32_t(step.rows),
+      .query_heads = int32_t(heads),
+      .kv_heads = int32_t(keys.heads),
+      .nodes = int32_t(step.nodes),
+      .slots = int32_t(keys.slots),
+      .head_dim = int32_t(keys.dim),
+      .window = int32_t(std::clamp<int64_t>(window, -1, INT32_MAX)),
+      .scale = float(scale),
+      .softcap = float(softcap),
+      .num_threads = int32_t(torch::stable::get_num_threads()),
+      .parallel_for = run_on_torch_threads};
+  check_launch(specdec_tree_attention_cpu(&params), params);
+  if (direct) return output;
+  Tensor fresh = torch::stable::new_empty(query, {1, tokens, heads, keys.dim});
+  collect(output, step, fresh);
+  return fresh;
+}
+
 #ifdef SPECDEC_WITH_CUDA
 std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor query, Tensor keys, Tensor values, Tensor prefix_lengths, Tensor node_counts,
                                                Tensor ancestor_mask, Tensor depths, double scale, double softcap, int64_t window) {
@@ -261,16 +409,22 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor query, Tensor keys, Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specdec, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, int max_rows=-1) -> Tensor");
   m.def("linear_isa() -> str");
   m.def(
       "tree_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor prefix_lengths, Tensor node_counts, "
       "Tensor ancestor_mask, Tensor depths, float scale, float softcap=0.0, int window=0) -> (Tensor, Tensor)");
+  // It writes to the buffers and does not say so: a compiler would guard a declared write with copies of the whole cache. Nobody
+  // can tell the difference, for nothing else in a compiled model reads or writes them.
+  m.def(
+      "cached_tree_attention(Tensor query, Tensor key, Tensor value, Tensor key_buffers, Tensor value_buffers, int key_index, "
+      "int value_index, Tensor step, float scale, float softcap=0.0, int window=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("tree_attention", TORCH_BOX(&tree_attention_cpu));
+  m.impl("cached_tree_attention", TORCH_BOX(&cached_tree_attention_cpu));
 }
 
 #ifdef SPECDEC_WITH_CUDA

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from specdec.draft_tree import DraftTree
 from specdec.linear import HAVE_OP
 
-__all__ = ["TreeBatch", "pack_mask", "tree_attention", "tree_attention_reference", "unpack_mask"]
+__all__ = ["TreeBatch", "op_takes_heads", "pack_mask", "tree_attention", "tree_attention_reference", "unpack_mask"]
 
 _BITS = 32
 _MAX_NODES = 256
@@ -99,7 +99,7 @@ class TreeBatch:
         """
         device = device or self.device
         if device not in self._packed:
-            arrays = self._packed_arrays()
+            arrays = self.packed_arrays()
             self._packed[device] = tuple(map(torch.from_numpy, arrays)) if device.type == "cpu" else _copied(arrays, device)
         return self._packed[device]
 
@@ -123,7 +123,8 @@ class TreeBatch:
             new[row, : count - known] = output[row, known:count]
         return new
 
-    def _packed_arrays(self) -> tuple[np.ndarray, ...]:
+    def packed_arrays(self) -> tuple[np.ndarray, ...]:
+        """What packed() gives, as arrays."""
         assert self.trees is not None, "a causal chunk has no packed mask"
         most = max(self.counts)
         masks = np.zeros((len(self.counts), most, most), np.bool_)
@@ -292,6 +293,11 @@ def _has_kernel(device_type: str) -> bool:
     if _op is None or device_type not in _HEAD_DIMS:
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key("specdec::tree_attention", device_type.upper())
+
+
+def op_takes_heads(key_dim: int, value_dim: int, dtype: torch.dtype, device_type: str = "cpu") -> bool:
+    """Whether the op has a kernel for heads of these dimensions."""
+    return _has_kernel(device_type) and dtype in _DTYPES and key_dim == value_dim and key_dim in _HEAD_DIMS[device_type]
 
 
 def _op_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:

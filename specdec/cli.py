@@ -42,6 +42,7 @@ MethodOption = Annotated[
 DrafterOption = Annotated[
     str | None, typer.Option(help='draft model: folder or hub name, "early_exit:8" (its own first 8 layers) or "mtp"')
 ]
+CompileOption = Annotated[bool, typer.Option("--compile", help="compile the steps for this machine, once (a minute or two)")]
 BudgetOption = Annotated[str, typer.Option(help="most nodes of a draft tree, or auto: from the measured costs")]
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="most tokens to generate")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy")]
@@ -57,6 +58,7 @@ def generate(
     method: MethodOption = "auto",
     drafter: DrafterOption = None,
     budget: BudgetOption = "auto",
+    compile: CompileOption = False,
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -70,7 +72,7 @@ def generate(
     with _clean_errors():
         params = specdec.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         text = sys.stdin.read() if prompt == "-" else prompt
-        engine = _engine(model, dtype, method, budget, drafter)
+        engine = _engine(model, dtype, method, budget, drafter, compile)
         request = _request(engine.tokenizer, text, chat)
         if not stats:
             _print_stream(engine, request, params)
@@ -89,6 +91,7 @@ def chat(
     method: MethodOption = "auto",
     drafter: DrafterOption = None,
     budget: BudgetOption = "auto",
+    compile: CompileOption = False,
     max_new_tokens: MaxNewTokensOption = 512,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -98,7 +101,7 @@ def chat(
     """Talk to the model. /reset starts over; an empty line, /quit or Ctrl-D ends; Ctrl-C stops an answer."""
     with _clean_errors():
         params = specdec.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        engine = _engine(model, dtype, method, budget, drafter)
+        engine = _engine(model, dtype, method, budget, drafter, compile)
         if not getattr(engine.tokenizer, "chat_template", None):
             raise ValueError("model must have a chat template to chat; use `specdec generate --raw`")
         opening = [{"role": "system", "content": system}] if system else []
@@ -118,13 +121,14 @@ def info(
     method: MethodOption = "auto",
     drafter: DrafterOption = None,
     budget: BudgetOption = "auto",
+    compile: CompileOption = False,
     costs: Annotated[bool, typer.Option("--costs/--no-costs", help="load the model and measure its forward")] = True,
 ) -> None:
     """Versions, device, which operators run, and what a forward of the model costs here."""
     with _clean_errors():
         _print_facts("specdec", _environment())
         if costs:
-            engine = _engine(model, dtype, method, budget, drafter)
+            engine = _engine(model, dtype, method, budget, drafter, compile)
             _print_facts("engine", engine.info())
 
 
@@ -149,14 +153,14 @@ def _clean_errors() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def _engine(model: str | None, dtype: str, method: str, budget: str, drafter: str | None) -> Engine:
+def _engine(model: str | None, dtype: str, method: str, budget: str, drafter: str | None, compile: bool) -> Engine:
     nodes = _budget(budget)
     if method not in (names := [*specdec.METHODS, *specdec.DRAFTER_METHODS]):
         raise ValueError(f"method must be one of {', '.join(names)}, got {method!r}")
     with console.status(f"loading {model or 'the embedded model'}"):
         _quiet_transformers()
         loaded, tokenizer = specdec.load(model, dtype)
-        return specdec.Engine(loaded, tokenizer, method=method, budget=nodes, drafter=drafter)
+        return specdec.Engine(loaded, tokenizer, method=method, budget=nodes, drafter=drafter, compile=compile)
 
 
 def _budget(text: str) -> int | str:

@@ -106,9 +106,11 @@ class Engine:
         drafter: a smaller model of the same tokenizer, its folder or hub name, "early_exit:8" (the model's own first 8 layers) or
             "mtp" (the extra prediction layer of its checkpoint); for the methods of specdec.DRAFTER_METHODS and for "auto", which
             uses it where that is faster.
+        compile: run the steps (and those of a drafter of its own) as machine code compiled for this machine, which takes a minute
+            or two, once: the package is kept in the cache folder. CPUs only; the output stays the same.
 
     Raises:
-        UnsupportedModelError: the model cannot be accelerated without risking its output.
+        UnsupportedModelError: the model cannot be accelerated without risking its output, or cannot be compiled.
         ValueError: unknown method, budget < 1, max_rows < 1, a prefix_backend that cannot run here.
     """
 
@@ -123,18 +125,19 @@ class Engine:
         state: str | Path | None = None,
         prefix_backend: str | FlashAttention = "op",
         drafter: Any = None,
+        compile: bool = False,
     ) -> None:
         if budget != "auto" and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
             raise ValueError(f'budget must be "auto" or an int >= 1 (nodes a tree, root included), got {budget!r}')
         if not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1:
             raise ValueError(f"max_rows must be an int >= 1, got {max_rows!r}")
         self._model = model  # kept alive for as long as the engine; the target only refers to it
-        self.target = TargetModel(model, prefix_backend=prefix_backend)
+        self.target = TargetModel(model, prefix_backend=prefix_backend, compile=compile)
         self.tokenizer = _checked_tokenizer(tokenizer, self.target.vocab_size)
         self.budget, self.max_rows = budget, max_rows
         self.method = method if isinstance(method, str) else type(method).__name__
         self.pacer = Pacer(self.target, budget)
-        draft_model = None if drafter is None else make_drafter(drafter, model, self.tokenizer, self.target.vocab_size)
+        draft_model = None if drafter is None else make_drafter(drafter, model, self.tokenizer, self.target.vocab_size, compile)
         self.builder = make_builder(method, self.target.vocab_size, self.pacer.cost_model, draft_model)
         self.rule: str = getattr(self.builder, "rule", "match")
         self._accept_rule = RULES[self.rule]
@@ -152,6 +155,8 @@ class Engine:
     def _attach(self) -> None:
         if isinstance(drafting := getattr(self.builder, "model", None), DraftModel):
             drafting.attach(self.target, self.cache)
+        if self.target.compiled is not None and self.target.hidden_listener is not None:
+            raise ValueError('drafter "mtp" reads hidden states, which compile=True does not give; fix: one of the two')
 
     # ---- requests -------------------------------------------------------------------------------------------------------
 

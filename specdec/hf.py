@@ -93,6 +93,7 @@ def generate(
     *,
     specdec_method: str | None = None,
     specdec_budget: int | str | None = None,
+    specdec_compile: bool | None = None,
     specdec_seed: int | None = None,
     specdec_streamer: Any = None,
     specdec_engine: Engine | None = None,
@@ -109,9 +110,10 @@ def generate(
         logits_processor, stopping_criteria, generation_config, synced_gpus: as in `model.generate`.
         specdec_method: drafting method (METHODS); default "auto".
         specdec_budget: nodes a tree, or "auto".
+        specdec_compile: compile the steps for this machine, once (Engine's `compile`).
         specdec_seed: fixes the sampled text; default: one draw from torch's generator.
         specdec_streamer: a transformers streamer (batch 1), since transformers keeps `streamer=` from custom generators.
-        specdec_engine: an Engine on this model to use instead of the one that is kept per model, method and budget.
+        specdec_engine: an Engine on this model to use instead of the one that is kept per model and these options.
 
     Returns:
         What `model.generate` returns: [B, L + new] token ids, or a GenerateDecoderOnlyOutput.
@@ -121,8 +123,8 @@ def generate(
         UnsupportedModelError: a model that cannot be verified with trees.
     """
     options = {
-        "specdec_method": specdec_method, "specdec_budget": specdec_budget, "specdec_seed": specdec_seed,
-        "specdec_streamer": specdec_streamer, "specdec_engine": specdec_engine,
+        "specdec_method": specdec_method, "specdec_budget": specdec_budget, "specdec_compile": specdec_compile,
+        "specdec_seed": specdec_seed, "specdec_streamer": specdec_streamer, "specdec_engine": specdec_engine,
     }  # fmt: skip
     if not hasattr(generation_config, "_eos_token_tensor"):  # called by the user: transformers prepares the arguments first
         given = {
@@ -135,7 +137,7 @@ def generate(
     assert input_ids is not None
     _refuse_dropped(sys._getframe(1))
     _refuse(model, generation_config, logits_processor, kwargs)
-    engine = _chosen_engine(model, specdec_engine, specdec_method, specdec_budget)
+    engine = _chosen_engine(model, specdec_engine, specdec_method, specdec_budget, specdec_compile)
     return _decode(
         engine, input_ids, logits_processor, stopping_criteria, generation_config, specdec_seed, specdec_streamer, kwargs
     )
@@ -164,20 +166,26 @@ def _call(original: Callable[..., Any], model: Any, kwargs: dict[str, Any]) -> A
 
 @contextmanager
 def accelerate(
-    model: Any, method: str = "auto", budget: int | str = "auto", *, seed: int | None = None, drafter: Any = None
+    model: Any,
+    method: str = "auto",
+    budget: int | str = "auto",
+    *,
+    seed: int | None = None,
+    drafter: Any = None,
+    compile: bool = False,
 ) -> Iterator[Engine]:
     """Inside the block every `model.generate(...)`, a pipeline's or a PEFT wrapper's too, is speculative; then all is as before.
 
     Args:
         model: the model (for PEFT: the wrapper).
-        method, budget, drafter: as for Engine.
+        method, budget, drafter, compile: as for Engine.
         seed: fixes all sampled texts of the block.
 
     Yields:
         The Engine that does the work (its statistics, save_state).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    engine = Engine(base, method=method, budget=budget, drafter=drafter)
+    engine = Engine(base, method=method, budget=budget, drafter=drafter, compile=compile)
     original = base.generate
     had_own = "generate" in base.__dict__
 
@@ -188,7 +196,7 @@ def accelerate(
         kwargs.update(zip(positional, args))
         if kwargs.get("custom_generate") not in (None, generate):
             raise ValueError("custom_generate cannot be used inside specdec.accelerate; fix: leave it out, or leave the block")
-        if kwargs.get("specdec_method") is None and kwargs.get("specdec_budget") is None:
+        if all(kwargs.get(f"specdec_{name}") is None for name in ("method", "budget", "compile")):
             kwargs.setdefault("specdec_engine", engine)
         if seed is not None:
             kwargs.setdefault("specdec_seed", seed)
@@ -204,21 +212,32 @@ def accelerate(
             base.__dict__.pop("generate", None)
 
 
-def _chosen_engine(model: Any, engine: Engine | None, method: str | None, budget: int | str | None) -> Engine:
-    """The caller's engine, or the one kept for a model, method and budget: its drafts stay warm, and it dies with the model."""
+def _chosen_engine(
+    model: Any, engine: Engine | None, method: str | None, budget: int | str | None, compile: bool | None
+) -> Engine:
+    """The caller's engine, or the one kept for a model and options: its drafts stay warm, and it dies with the model."""
     if engine is not None:
-        if method is not None or budget is not None:
-            raise ValueError("specdec_engine brings its own method and budget; fix: leave out specdec_method and specdec_budget")
+        if not method is budget is compile is None:
+            raise ValueError(
+                "specdec_engine brings its own method, budget and compile; fix: leave out specdec_method, specdec_budget and specdec_compile"
+            )
         if engine.target.model is not model:
             raise ValueError("specdec_engine was made for another model; fix: Engine(model)")
         return engine
     method, budget = "auto" if method is None else method, "auto" if budget is None else budget
     parameter = next(model.parameters())
-    key = (method, budget, parameter.dtype, parameter.device, model.config.get_text_config(decoder=True).vocab_size)
+    key = (
+        method,
+        budget,
+        bool(compile),
+        parameter.dtype,
+        parameter.device,
+        model.config.get_text_config(decoder=True).vocab_size,
+    )
     with _engines_lock:
         engines = _engines.setdefault(model, {})
         if key not in engines:
-            engines[key] = Engine(model, method=method, budget=budget)
+            engines[key] = Engine(model, method=method, budget=budget, compile=bool(compile))
             engines[key]._model = None  # the dictionary must not keep its own key alive
         return engines[key]
 

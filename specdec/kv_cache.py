@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-__all__ = ["KVCache", "LayerShape"]
+__all__ = ["KVCache", "LayerShape", "Place"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,15 @@ class LayerShape:
     value_dim: int
     dtype: torch.dtype
     device: torch.device
+
+
+class Place(NamedTuple):
+    """Where one layer's keys and values lie: number of the buffer, index in it."""
+
+    key_buffer: int
+    key_index: int
+    value_buffer: int
+    value_index: int
 
 
 class KVLayer(CacheLayerMixin):
@@ -177,6 +187,11 @@ class KVCache(Cache):
     def release(self, row: int) -> None:
         """The row is free again."""
         self.lengths[row] = 0
+
+    def places(self) -> list[Place]:
+        """Where each layer's keys and values lie in buffers()."""
+        number = {group: i for i, group in enumerate(self._groups)}
+        return [Place(number[keys], key, number[values], value) for keys, key, values, value in self._slots]
 
     def buffers(self) -> list[torch.Tensor]:
         """All buffers, [buffers of the group, R, H, C, D] each."""

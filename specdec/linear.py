@@ -63,7 +63,7 @@ HAVE_OP = _LIBRARY is not None
 if HAVE_OP:
 
     @torch.library.register_fake("specdec::linear")
-    def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, max_rows: int = -1) -> Tensor:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -185,6 +185,7 @@ class FastLinear:
         if self.max_rows == 0:
             taken = []
         self._forwards = [(module.__dict__, _fast_forward(module, self.max_rows)) for module in taken]
+        self._traced = [(module.__dict__, _traced_forward(module, self.max_rows)) for module in taken]
         self._lock = threading.Lock()
         self._users = 0
         self._swapped: list[dict[str, object]] = []
@@ -196,10 +197,27 @@ class FastLinear:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, the modules run the op. May be nested and entered from several threads: the last one out restores."""
+        with self._swapped_for(self._forwards):
+            yield
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Inside, the modules may be exported for any number of rows: the op itself gives too many of them to torch.
+
+        Raises:
+            RuntimeError: entered while `active()`.
+        """
+        with self._swapped_for(self._traced):
+            if self._users > 1:
+                raise RuntimeError("FastLinear.tracing() inside active(): the modules would be exported as they are now")
+            yield
+
+    @contextmanager
+    def _swapped_for(self, forwards: Sequence[tuple[dict[str, Any], Callable[[Tensor], Tensor]]]) -> Iterator[None]:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                self._swap()
+                self._swap(forwards)
         try:
             yield
         finally:
@@ -208,8 +226,8 @@ class FastLinear:
                 if self._users == 0:
                     self._restore()
 
-    def _swap(self) -> None:
-        for attributes, forward in self._forwards:
+    def _swap(self, forwards: Sequence[tuple[dict[str, Any], Callable[[Tensor], Tensor]]]) -> None:
+        for attributes, forward in forwards:
             if "forward" not in attributes:
                 attributes["forward"] = forward
                 self._swapped.append(attributes)
@@ -253,6 +271,20 @@ def _fast_forward(module: nn.Linear, max_rows: int) -> Callable[[Tensor], Tensor
             and input.is_cpu
         ):
             return op(input, weight, parameters["bias"])
+        return functional.linear(input, weight, parameters["bias"])
+
+    return forward
+
+
+def _traced_forward(module: nn.Linear, max_rows: int) -> Callable[[Tensor], Tensor]:
+    """The same for a graph in which the number of rows is a symbol: no condition on it."""
+    parameters: dict[str, Any] = module._parameters
+    most = -1 if max_rows == UNLIMITED else max_rows
+
+    def forward(input: Tensor) -> Tensor:
+        weight = parameters["weight"]
+        if input.dtype is weight.dtype and input.dtype in DTYPES:
+            return torch.ops.specdec.linear.default(input, weight, parameters["bias"], most)
         return functional.linear(input, weight, parameters["bias"])
 
     return forward

@@ -12,7 +12,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from specdec.attention import TreeBatch, compiled_op
+from specdec.compiled import CompiledForward, cannot_compile
 from specdec.draft_tree import DraftTree
 from specdec.kv_cache import KVCache, LayerShape
 from specdec.linear import FastLinear, instruction_set
@@ -103,14 +104,18 @@ class TargetModel:
     Args:
         model: any decoder-only `PreTrainedModel` (also wrapped by PEFT).
         fast_linear: let specdec's CPU kernel compute skinny matrix products where it is faster (see specdec.linear).
+        compile: run the steps as machine code compiled for this machine, once (see specdec.compiled).
         prefix_backend: "op", or what computes the committed part of tree attention in its place (see specdec.prefix_backend).
 
     Raises:
-        UnsupportedModelError: the model's kind cannot be verified with trees, or the self-check found a difference.
+        UnsupportedModelError: the model's kind cannot be verified with trees, the self-check found a difference, or `compile` is
+            asked for and impossible.
         ValueError: prefix_backend does not exist, is not installed or does not take this model's device or dtype.
     """
 
-    def __init__(self, model: Any, fast_linear: bool = True, prefix_backend: str | FlashAttention = "op") -> None:
+    def __init__(
+        self, model: Any, fast_linear: bool = True, prefix_backend: str | FlashAttention = "op", compile: bool = False
+    ) -> None:
         if not callable(getattr(model, "forward", None)) or not hasattr(model, "config"):
             raise UnsupportedModelError(
                 type(model).__name__, "model must be a transformers causal language model", "load it with AutoModelForCausalLM"
@@ -134,8 +139,9 @@ class TargetModel:
             }.values()
         )
         self._linear = FastLinear(model) if fast_linear else None
+        self.max_fast_rows = self._linear.max_rows if self._linear else 0
         self._attend = attention_function(prefix_backend, self.device, self.dtype)
-        self._prefix_backend = getattr(prefix_backend, "__qualname__", prefix_backend)
+        self.prefix_backend = getattr(prefix_backend, "__qualname__", prefix_backend)
         self._keeps_logits = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
         self._batch: TreeBatch | None = None  # what the forward under way attends to
         self._calls: list[int] = []  # sliding window of each attention call of the last forward
@@ -144,8 +150,11 @@ class TargetModel:
         self.hidden_row = 0  # ... and its first row
         self._interface = f"specdec_{next(_names)}"
         _register(self)
-        self._use_interface = bool(getattr(_unwrapped(model), "_supports_attention_backend", False))
+        self.uses_interface = bool(getattr(_unwrapped(model), "_supports_attention_backend", False))
+        self.compiled: CompiledForward | None = None  # what runs the steps, if anything but the model
         self._check()
+        if compile:
+            self._compile()
 
     @property
     def model(self) -> Any:
@@ -158,15 +167,16 @@ class TargetModel:
     def info(self) -> dict[str, Any]:
         """Which code runs the attention and the matrix products."""
         op = "torch.ops.specdec.tree_attention" if compiled_op(self.device.type) else "PyTorch reference"
-        if self._prefix_backend != "op":
-            op += f", the prefix by {self._prefix_backend},"
+        if self.prefix_backend != "op":
+            op += f", the prefix by {self.prefix_backend},"
         return {
             "attention": f"{op} through transformers' attention interface"
-            if self._use_interface
+            if self.uses_interface
             else "the model's own, with a 4-D mask",
             "linear": f"specdec ({instruction_set()}), {len(self._linear)} layers, up to {self._linear.max_rows} rows"
             if self._linear
             else "torch",
+            "step": "compiled" if self.compiled else "eager",
         }
 
     # ---- attention ------------------------------------------------------------------------------------------------------
@@ -198,23 +208,33 @@ class TargetModel:
         return self._batch.collect(output, query.shape[2]), None
 
     @contextmanager
-    def _installed(self, batch: TreeBatch) -> Iterator[None]:
+    def tracing(self, attend: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """The model calls attend(query, key, value, scale, softcap, window) inside, ready to be exported."""
+        saved = self._attend
+        self._attend = lambda batch, *arguments: attend(*arguments)
+        linear = nullcontext() if self._linear is None else self._linear.tracing()
+        try:
+            with self._installed(TreeBatch([0], None, [1], self.device), linear), torch.inference_mode(False), torch.no_grad():
+                yield
+        finally:
+            self._attend = saved
+
+    @contextmanager
+    def _installed(self, batch: TreeBatch, linear: AbstractContextManager[None] | None = None) -> Iterator[None]:
         """The model runs specdec's attention and kernels inside, and is exactly as before outside, whatever happens."""
+        if linear is None:
+            linear = nullcontext() if self._linear is None else self._linear.active()
         saved = [config._attn_implementation_internal for config in self._configs]
         self._batch = batch
         self._calls = []
         try:
             for config in self._configs:
-                if self._use_interface:
+                if self.uses_interface:
                     config._attn_implementation_internal = self._interface
                 elif config._attn_implementation_internal not in ("eager", "sdpa"):
                     config._attn_implementation_internal = "eager"
-            with torch.inference_mode(), _evaluating(self.model):
-                if self._linear is None:
-                    yield
-                else:
-                    with self._linear.active():
-                        yield
+            with torch.inference_mode(), _evaluating(self.model), linear:
+                yield
         finally:
             for config, implementation in zip(self._configs, saved):
                 config._attn_implementation_internal = implementation
@@ -222,7 +242,7 @@ class TargetModel:
 
     def _mask(self, batch: TreeBatch) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """The 4-D mask for models outside the attention interface."""
-        if self._use_interface:
+        if self.uses_interface:
             return None
         known = batch.known or [0] * len(batch.counts)
         most = max(count - old for count, old in zip(batch.counts, known))
@@ -250,7 +270,7 @@ class TargetModel:
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KVCache of this model's shape."""
-        return KVCache(self._layers, rows, capacity, zero_stale=not self._use_interface)
+        return KVCache(self.layers, rows, capacity, zero_stale=not self.uses_interface)
 
     def _run(
         self, cache: KVCache, batch: TreeBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int
@@ -293,6 +313,8 @@ class TargetModel:
             tokens[row, : len(tree) - first] = tree.tokens[first:]
             positions[row, : len(tree) - first] = cache.starts[row] + tree.depths[first:]
         batch = TreeBatch(cache.starts, list(trees), counts, self.device, old if any(old) else None)
+        if self.compiled is not None:
+            return self.compiled(cache, batch, tokens, positions)
         self.hidden_row = first_row
         return self._run(cache, batch, torch.from_numpy(tokens), torch.from_numpy(positions), 0)
 
@@ -352,14 +374,11 @@ class TargetModel:
         Raises:
             UnsupportedModelError: they differ by more than rounding, or the mask is ignored.
         """
-        ids = [(7 * i + 3) % self.vocab_size for i in range(6)]
+        ids, tree = self._probe()
         reference = self._sequential(ids)
-        fork = (ids[-1] + 1) % self.vocab_size
-        deep = [(ids[-1] + 11 + i) % self.vocab_size for i in range(4)]
-        tree = DraftTree.from_paths(ids[-1], [[fork, deep[0]], [deep[1], deep[2]], [fork, deep[3]]])
         logits = self._tree_logits(ids, tree)
         if logits is None:
-            self._use_interface = False
+            self.uses_interface = False
             logits = self._tree_logits(ids, tree)
         assert logits is not None
         worst = 0.0
@@ -369,9 +388,7 @@ class TargetModel:
             worst = max(
                 worst, float((logits[node].double() - expected.double()).abs().max() / (expected.double().abs().max() + 1e-6))
             )
-        limit = {torch.float64: 1e-6, torch.float32: 1e-3}.get(
-            logits.dtype, 0.1
-        )  # eager models take their softmax in fp32 even in fp64
+        limit = _limit(logits.dtype)
         if not worst <= limit:
             raise UnsupportedModelError(
                 self.name,
@@ -381,6 +398,50 @@ class TargetModel:
         wrong = DraftTree(tree.tokens, np.where(np.arange(len(tree)) == 5, 3, tree.parents))
         if torch.equal(self._tree_logits(ids, wrong)[5], logits[5]):  # type: ignore[index]
             raise UnsupportedModelError(self.name, "a wrong ancestor made no difference, its attention ignores the mask")
+
+    def _probe(self) -> tuple[list[int], DraftTree]:
+        """Six tokens and a tree of six nodes on the last of them, for checks."""
+        ids = [(7 * i + 3) % self.vocab_size for i in range(6)]
+        fork = (ids[-1] + 1) % self.vocab_size
+        deep = [(ids[-1] + 11 + i) % self.vocab_size for i in range(4)]
+        return ids, DraftTree.from_paths(ids[-1], [[fork, deep[0]], [deep[1], deep[2]], [fork, deep[3]]])
+
+    def _compile(self) -> None:
+        """Compile the step, and compare it with the eager one over two rows of different lengths.
+
+        Raises:
+            UnsupportedModelError: it cannot be compiled, or gives other logits.
+        """
+        fix = "leave compile out"
+        if reason := cannot_compile(self):
+            raise UnsupportedModelError(self.name, f"compile=True is impossible, {reason}", fix)
+        eager = self._two_rows()
+        try:
+            self.compiled = CompiledForward(self)
+            compiled = self._two_rows()
+        except Exception as error:  # exporter and compilers raise whatever they like; the reason is passed on
+            self.compiled = None
+            text = str(error).strip().split("\n")[0]
+            raise UnsupportedModelError(
+                self.name, f"compile=True is impossible, its step does not compile ({type(error).__name__}: {text})", fix
+            ) from error
+        worst = max(float((a.double() - b.double()).abs().max() / b.double().abs().max()) for a, b in zip(compiled, eager))
+        if not worst <= (limit := _limit(self.dtype)):
+            self.compiled = None
+            raise UnsupportedModelError(
+                self.name,
+                f"compile=True changes its logits by {worst:.1e} of their size (limit {limit:.0e} in {self.dtype})",
+                fix,
+            )
+
+    def _two_rows(self) -> list[torch.Tensor]:
+        """Logits [n, V] of a tree and of a root alone, in rows of different lengths."""
+        ids, tree = self._probe()
+        trees = [tree, DraftTree.root_only(ids[2])]
+        cache = self.new_cache(2, 16)
+        self.prefill(cache, 0, ids[:-1])
+        self.prefill(cache, 1, ids[:2])
+        return [logits[: len(tree)] for logits, tree in zip(self.forward(cache, trees), trees)]
 
     def _sequential(self, ids: list[int]) -> torch.Tensor:
         """Logits after the last of `ids` by the model alone (its own attention and cache), [V]."""
@@ -396,8 +457,8 @@ class TargetModel:
             )
         if not hasattr(output, "logits"):
             raise UnsupportedModelError(self.name, "it gives no logits", "load it with AutoModelForCausalLM")
-        if not hasattr(self, "_layers"):
-            self._layers = [self._shape(layer) for layer in cache.layers]
+        if not hasattr(self, "layers"):
+            self.layers = [self._shape(layer) for layer in cache.layers]
         return output.logits[0, -1]
 
     def _shape(self, layer: Any) -> LayerShape:
@@ -427,8 +488,8 @@ class TargetModel:
             raise UnsupportedModelError(
                 self.name, f"its forward fails on a draft tree ({type(error).__name__}: {error})"
             ) from error
-        if self._use_interface:
-            if len(self._calls) != len(self._layers):
+        if self.uses_interface:
+            if len(self._calls) != len(self.layers):
                 return None
             self._check_windows()
         return logits
@@ -443,6 +504,11 @@ class TargetModel:
         expected = bool(window) and (not types or "sliding_attention" in types)
         if expected and not any(self._calls):
             raise UnsupportedModelError(self.name, f"its sliding window of {window} does not reach the attention function")
+
+
+def _limit(dtype: torch.dtype) -> float:
+    """Largest difference of logits by their size that is rounding; eager models take their softmax in fp32 even in fp64."""
+    return {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 0.1)
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class DraftModel:
     Args:
         model: any model that TargetModel takes, of the target's tokenizer.
         vocab_size: the target's; what the drafter knows beyond is cut off, what it lacks it never drafts.
+        compile: as for TargetModel.
 
     Raises:
         UnsupportedModelError: as TargetModel.
@@ -80,9 +81,9 @@ class DraftModel:
 
     reads_guesses = True  # grow() takes tokens beyond the root
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    def __init__(self, model: Any, vocab_size: int, compile: bool = False) -> None:
         self._model = model  # kept alive: the TargetModel only refers to it
-        self.reader = TargetModel(model)
+        self.reader = TargetModel(model, compile=compile)
         self.vocab_size = vocab_size
         self.cache = self.reader.new_cache(1, 256)
         self._owners: list[int] = []  # id of the request whose text is in each row of the cache
@@ -199,8 +200,8 @@ class EarlyExit(DraftModel):
         UnsupportedModelError: the model has no list of layers to cut.
     """
 
-    def __init__(self, model: Any, layers: int, vocab_size: int) -> None:
-        super().__init__(first_layers(model, layers), vocab_size)
+    def __init__(self, model: Any, layers: int, vocab_size: int, compile: bool = False) -> None:
+        super().__init__(first_layers(model, layers), vocab_size, compile)
         self.layers = layers
 
     def attach(self, target: TargetModel, cache: KVCache) -> None:
@@ -296,8 +297,10 @@ def load_drafter(name: str, model: Any, tokenizer: Any) -> Any:
     return drafter
 
 
-def make_drafter(drafter: Any, model: Any, tokenizer: Any, vocab_size: int) -> DraftModel:
+def make_drafter(drafter: Any, model: Any, tokenizer: Any, vocab_size: int, compile: bool = False) -> DraftModel:
     """What Engine's argument `drafter` stands for: a DraftModel, a model, "early_exit:8", "mtp", or a folder or hub name to load.
+
+    A DraftModel is compiled or not as it is.
 
     Raises:
         ValueError: as early_exit_layers, load_drafter and PredictionHeads; more layers than the model has.
@@ -306,9 +309,9 @@ def make_drafter(drafter: Any, model: Any, tokenizer: Any, vocab_size: int) -> D
     if isinstance(drafter, DraftModel):
         return drafter
     if (layers := early_exit_layers(drafter)) is not None:
-        return EarlyExit(model, layers, vocab_size)
+        return EarlyExit(model, layers, vocab_size, compile)
     if isinstance(drafter, str) and drafter == "mtp":
         from specdec.sources.prediction_heads import PredictionHeads
 
         return PredictionHeads(model, vocab_size)
-    return DraftModel(load_drafter(drafter, model, tokenizer) if isinstance(drafter, str) else drafter, vocab_size)
+    return DraftModel(load_drafter(drafter, model, tokenizer) if isinstance(drafter, str) else drafter, vocab_size, compile)

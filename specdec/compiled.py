@@ -1,0 +1,290 @@
+"""CompiledForward: the model's verification step as machine code, compiled ahead of time, once a machine (`compile=True`).
+
+In eager mode half of a small model's step on a CPU is Python between its operations. Here the whole step is exported
+(torch.export) and compiled (AOTInductor) with specdec's own operations inside: `specdec::linear`, which reads the weights as they
+lie in the user's model, and `specdec::cached_tree_attention`, which writes the nodes' K/V into the cache in place and attends to
+what is there. Two things follow that frozen, bucketed graphs do not have: one compilation serves every number of nodes, rows and
+every context, without padding; and it holds no copy of the weights, so a change of them in place is seen at once.
+
+    step                  int32: first row, rows B, nodes N of the largest tree, M of them to compute at most | of each row P, n
+                          and how many an earlier forward computed | ancestor masks B*N*W | depths B*N
+    tokens, positions     [1, T]: each row's M nodes, the rows one after another, T = max(2, B*M)
+
+Arithmetic stays that of the eager step: bfloat16 intermediate results are rounded where PyTorch rounds them
+(`emulate_precision_casts`). The package (some MB, no weights) lies in the cache folder under all that it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import __version__ as transformers_version
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from specdec import linear
+from specdec._cache import cache_folder
+from specdec.attention import TreeBatch, op_takes_heads
+from specdec.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from specdec.target import TargetModel
+
+__all__ = ["CompiledForward", "cannot_compile"]
+
+FEWEST_TOKENS = 2  # torch.export gives size 1 a graph of its own
+_MOST = 1 << 24  # of any dynamic size
+_INDUCTOR = {
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.use_runtime_constant_folding": False,
+    "cpp.dynamic_threads": True,
+    "emulate_precision_casts": True,
+}
+_logger = logging.getLogger("specdec")
+_op: Any = torch.ops.specdec.cached_tree_attention.default if linear.HAVE_OP else None
+
+if _op is not None:
+
+    @torch.library.register_fake("specdec::cached_tree_attention")
+    def _fake(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+        return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+
+
+def cannot_compile(target: TargetModel) -> str | None:
+    """Why this model's step cannot be compiled, or None; what only compiling shows is not known yet."""
+    if _op is None:
+        return "specdec._C is not built (it needs a C++ compiler when specdec is installed, with --no-build-isolation)"
+    if target.device.type != "cpu":
+        return f"it is on {target.device}; compiled steps run on CPUs"
+    if not target.uses_interface:
+        return "transformers cannot route it through its attention interface"
+    if target.rope.kind is not None:
+        return f"its {target.rope.kind} RoPE depends on the length of the text"
+    for layer in target.layers:
+        if layer.device.type != "cpu":
+            return f"it has layers on {layer.device}; compiled steps run on CPUs"
+        if not op_takes_heads(layer.key_dim, layer.value_dim, layer.dtype):
+            return f"the attention op has no kernel for heads of {layer.key_dim} in {layer.dtype}"
+    if target.prefix_backend != "op":
+        return "it has a prefix_backend of its own"
+    if hasattr(target.model, "peft_config"):
+        return "its adapters can be switched at any time; merge them first (merge_and_unload)"
+    return None
+
+
+class CompiledForward:
+    """The compiled step of one TargetModel.
+
+    Args:
+        target: its model is on a CPU; `cannot_compile` must find nothing.
+
+    Raises:
+        RuntimeError: the model cannot be exported or compiled; the message says why.
+    """
+
+    def __init__(self, target: TargetModel) -> None:
+        self._parameters = _tensors(target.model)
+        self.seconds = 0.0  # spent compiling; 0 where the package was there
+        path = _package(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                self.seconds = _compile(target, path)
+        self.megabytes = path.stat().st_size / 1e6
+        self._runner = torch._inductor.aoti_load_package(str(path))
+        names = self._runner.get_constant_fqns()
+        if missing := [name for name in names if name not in self._parameters]:
+            raise RuntimeError(f"it makes constants of its own in each forward ({', '.join(sorted(missing)[:3])})")
+        self._used = [(name, *self._parameters[name]) for name in names]
+        self._weights: list[tuple[int, torch.Size]] = []
+
+    def __call__(self, cache: KVCache, batch: TreeBatch, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        """Logits [B, M, V] of a batch of trees, announced to the cache; tokens and positions [B, M] int64."""
+        self._follow_weights()
+        flat = np.zeros((2, 1, max(FEWEST_TOKENS, tokens.size)), np.int64)
+        flat[0, 0, : tokens.size], flat[1, 0, : tokens.size] = tokens.ravel(), positions.ravel()
+        inputs = torch.from_numpy(flat)
+        step = torch.from_numpy(pack_step(cache.first_row, batch, tokens.shape[1]))
+        logits = self._runner(inputs[0], inputs[1], step, *cache.buffers())
+        return logits[0, : tokens.size].unflatten(0, tokens.shape)
+
+    def info(self) -> dict[str, Any]:
+        """Cost of the compilation."""
+        return {"compile_seconds": round(self.seconds, 1), "package_mb": round(self.megabytes, 1)}
+
+    def _follow_weights(self) -> None:
+        """Hand over the model's tensors, at first and whenever one was replaced (changes in place need nothing).
+
+        Raises:
+            RuntimeError: a tensor has another shape or dtype, or has left the CPU.
+        """
+        now = [(owner[name].data_ptr(), owner[name].shape) for _, owner, name in self._used]
+        if now == self._weights:
+            return
+        tensors = {full: owner[name].detach() for full, owner, name in self._used}
+        for full, (shape, dtype) in ((full, self._parameters.shapes[full]) for full in tensors):
+            tensor = tensors[full]
+            if (tensor.shape, tensor.dtype, tensor.device.type) != (shape, dtype, "cpu") or not tensor.is_contiguous():
+                raise RuntimeError(
+                    f"{full.removeprefix('model.')} became {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} after the model "
+                    f"was compiled with {dtype} {tuple(shape)} on the CPU; fix: make a new Engine"
+                )
+        self._runner.load_constants(tensors, check_full_update=True, user_managed=True)
+        self._weights = now
+
+
+def pack_step(first_row: int, batch: TreeBatch, fresh: int) -> np.ndarray:
+    """`step` of cached_tree_attention, [4 + 3B + B*N*W + B*N] int32; fresh: M."""
+    lengths, counts, masks, depths = batch.packed_arrays()
+    header = np.array([first_row, len(counts), depths.shape[1], fresh], np.int32)
+    known = np.array(batch.known or [0] * len(counts), np.int32)
+    return np.concatenate([header, lengths, counts, known, masks.ravel(), depths.ravel()])
+
+
+class _Tensors(dict[str, tuple[dict[str, Any], str]]):
+    """Name in the exported graph -> (the dictionary that holds the tensor in its module, its name there), and shapes as compiled."""
+
+    shapes: dict[str, tuple[torch.Size, torch.dtype]]
+
+
+def _tensors(model: nn.Module) -> _Tensors:
+    """Every parameter and buffer of the model under all of its names."""
+    found = _Tensors()
+    for path, module in model.named_modules(remove_duplicate=False):
+        for owner in (module._parameters, module._buffers):
+            for name in owner:
+                if owner[name] is not None:
+                    found[".".join(filter(None, ("model", path, name)))] = (owner, name)
+    found.shapes = {full: (owner[name].shape, owner[name].dtype) for full, (owner, name) in found.items()}
+    return found
+
+
+# ---- compiling --------------------------------------------------------------------------------------------------------------
+
+
+def _package(target: TargetModel) -> Path:
+    """Where the package for this model lies: under everything that its code depends on."""
+    model = target.model
+    sources = {inspect.getsourcefile(type(module)) for module in model.modules() if type(module).__module__ != "builtins"}
+    digest = hashlib.sha256()
+    for source in sorted([*filter(None, sources), __file__]):
+        digest.update(Path(source).read_bytes())
+    parts = (
+        torch.__version__, transformers_version, linear.build(), torch.backends.cpu.get_cpu_capability(), platform.machine(),
+        platform.node(), type(model).__qualname__, target.max_fast_rows, json.dumps(model.config.to_dict(), sort_keys=True, default=str),
+        [(name, tuple(shape), str(dtype)) for name, (shape, dtype) in _tensors(model).shapes.items()],
+    )  # fmt: skip
+    digest.update(repr(parts).encode())
+    return cache_folder("compiled") / f"{target.name}-{digest.hexdigest()[:16]}.pt2"
+
+
+def _compile(target: TargetModel, path: Path) -> float:
+    """Export the model's step, compile it and put the package at `path`, which appears whole or not at all; returns seconds."""
+    started = time.perf_counter()
+    part = path.with_name(f"{path.stem}.part.pt2")
+    _logger.info("compiling the step of %s, once on this machine; it takes a minute or two", target.name)
+    with Console(stderr=True).status(f"specdec: compiling {target.name} for this machine, once (a minute or two) ..."):
+        exported = _export(target)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(part), inductor_configs=_INDUCTOR)
+    part.replace(path)
+    return time.perf_counter() - started
+
+
+def _export(target: TargetModel) -> Any:
+    """The exported step, dynamic in tokens, rows of the cache and capacity."""
+    cache = target.new_cache(2, 64)
+    trace = _Trace(cache)
+    tokens = torch.zeros((1, 4), dtype=torch.int64)
+    step = torch.zeros(16, dtype=torch.int32)
+    size = torch.export.Dim("tokens", min=FEWEST_TOKENS, max=_MOST)
+    free = torch.export.Dim.DYNAMIC  # a drafter of the first layers reads the cache of all: the number of buffers is free too
+    shapes = ({1: size}, {1: size}, {0: free}, tuple({0: free, 1: free, 3: free} for _ in cache.buffers()))
+    with target.tracing(trace.attend):
+        return torch.export.export(
+            _StepModule(target.model, trace),
+            (tokens, tokens.clone(), step, *cache.buffers()),
+            dynamic_shapes=shapes,
+            strict=False,
+        )
+
+
+class _StepModule(nn.Module):
+    """What is exported: (tokens, positions, step, the cache's buffers) -> logits [1, T, V]."""
+
+    def __init__(self, model: nn.Module, trace: _Trace) -> None:
+        super().__init__()
+        self.model = model
+        self._trace = [trace]  # in a list: it holds tensors while exporting, which are no state of this module
+
+    def forward(self, tokens: Tensor, positions: Tensor, step: Tensor, *buffers: Tensor) -> Tensor:
+        cache = self._trace[0].begin(step, buffers)
+        output = self.model(
+            input_ids=tokens, attention_mask=None, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
+        )
+        return output.logits
+
+
+class _Trace:
+    """Stands for the KVCache and for the attention while the model is exported."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._places = cache.places()
+        self._layer = -1
+        self._latest: tuple[Tensor, Tensor] | None = None  # keys and values of the latest update
+
+    def begin(self, step: Tensor, buffers: tuple[Tensor, ...]) -> Cache:
+        self._step, self._buffers = step, buffers
+        return Cache(layers=[_TracedLayer(self, index) for index in range(len(self._places))])
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        self._layer, self._latest = layer, (keys, values)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int) -> Tensor:
+        """query [1, Hq, T, D], key and value [1, Hkv, T, D] of the new tokens -> [1, T, Hq, D]."""
+        if self._latest is None or self._latest[0] is not key or self._latest[1] is not value:
+            raise NotImplementedError("a layer attends to other keys and values than those it has just stored")
+        place = self._places[self._layer]
+        keys, values = self._buffers[place.key_buffer], self._buffers[place.value_buffer]
+        return _op(query, key, value, keys, values, place.key_index, place.value_index, self._step, scale, softcap, window)
+
+
+class _TracedLayer(CacheLayerMixin):
+    """transformers' view of one layer while the model is exported: it gets back what it stores."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, trace: _Trace, index: int) -> None:
+        super().__init__()
+        self._trace, self._index = trace, index
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        self._trace.update(self._index, key_states, value_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
