@@ -13,7 +13,7 @@ from bench.metrics import Row, agreement, groups_of, select, speed, speed_ratio,
 
 __all__ = ["BASELINES", "host_ms_per_step", "print_tables", "summary"]
 
-BASELINES = ("model.generate", "none", "prompt_lookup")
+BASELINES = ("model.generate", "none", "prompt_lookup", "assisted")
 NOT_HOST = ("forward", "prefill")
 
 
