@@ -1,7 +1,7 @@
 """SampledTree: children drawn from a draft model's law, for the acceptance rules that know it (verification.md sections 1, 3, 4.3).
 
 Whatever is drawn stays in the tree, and how many children a node gets is settled before they are drawn: that is what the rules
-suppose. It may depend on the node's own path: below an unlikely one nothing is drawn (`confidence`), and with measured costs the
+suppose. It may depend on the node's own path: below an improbable one nothing is drawn (`confidence`), and with measured costs the
 whole tree ends where a further level does not pay (verification.md 4.4). How the children of a node come:
 
 * iid: `paths` i.i.d. paths (SpecTr, arXiv 2310.15141), merged where they agree; a node that stands for m of them has m draws.
@@ -50,7 +50,8 @@ class SampledTree(TreeByModel):
         rule: acceptance rule; None: one made for this draw.
         branching: children of a node at depth 0, 1, ...; the last number holds for all greater depths. With "iid" the first
             number is that of the paths and the others are not used.
-        confidence: a node gets no children where its chance to be accepted, by what was learned, is below this.
+        confidence: a node gets no children where the drafter itself says its path with less than this probability; tokens of the
+            spine count as certain. Nothing learned is in it, so that without costs a seed fixes the text.
         costs, spine, sampling: see TreeByModel; a spine is for "hybrid".
 
     Raises:
@@ -93,6 +94,9 @@ class _Draws(Plan):
     kinds: list[int] = field(init=False, default_factory=lambda: [int(Kind.DETERMINISTIC)])
     order: list[int] = field(init=False, default_factory=lambda: [0])
     counts: list[int] = field(init=False, default_factory=lambda: [1])
+    said: list[float] = field(
+        init=False, default_factory=lambda: [1.0]
+    )  # probability of the path by the drafter, see `confidence`
     laws: dict[int, np.ndarray] = field(init=False, default_factory=dict)  # node -> [V] float32; none at temperature 0
     wanted: dict[int, int] = field(init=False)  # node that is being read -> children it gets (of i.i.d. paths: draws)
     drawn: int = field(init=False)  # nodes and repeated draws so far
@@ -102,6 +106,7 @@ class _Draws(Plan):
         super().__post_init__()
         self.begun = self.drawn = len(self.tokens)
         self.kinds, self.order, self.counts = (column * self.drawn for column in (self.kinds, self.order, self.counts))
+        self.said = [1.0] * self.drawn
         self._want([node for node in self.expanded if self.depths[node] < self.depth])
 
     def _want(self, nodes: Seq[int]) -> None:
@@ -139,6 +144,7 @@ class _Draws(Plan):
                     law[law.argmax()] = 0.0
                     many -= 1
                 self._add_distinct(node, law, many)
+            self.said += (self.said[node] * whole[self.tokens[begin:]]).tolist()
             self._weigh(node, [*sure, *range(begin, len(self.tokens))], whole)
             self.drawn += self.wanted.get(node, 0)
 
@@ -198,7 +204,7 @@ class _Draws(Plan):
     def fresh(self) -> list[int]:
         """The nodes of the new level, but for those that are not worth children."""
         level = [node for node in range(self.begun, len(self.tokens)) if self.depths[node] < self.depth]
-        self._want([node for node in level if self.chances[node] >= self.confidence])
+        self._want([node for node in level if self.said[node] >= self.confidence])
         return [node for node, many in self.wanted.items() if many]
 
     def expected(self) -> np.ndarray:
