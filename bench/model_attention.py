@@ -87,7 +87,7 @@ def transformers_forward(target: TargetModel, watch: Stopwatch, cache: KVCache, 
     AttentionInterface.register(TIMED_SDPA, watch.wrap(sdpa_attention_forward))
     dynamic = DynamicCache(config=model.config)
     cache.begin(0, [0])
-    for layer, shape in enumerate(target._layers):
+    for layer, shape in enumerate(target.layers):
         nothing = (torch.empty(1, shape.key_heads, 0, shape.key_dim), torch.empty(1, shape.value_heads, 0, shape.value_dim))
         dynamic.update(*(view.clone() for view in cache.write(layer, *nothing)), layer)
     ids, positions = torch.from_numpy(tree.tokens).long()[None], context + torch.from_numpy(tree.depths).long()[None]

@@ -67,7 +67,7 @@ def select_optimally(p: np.ndarray, q: np.ndarray, k: int) -> Selection:
     """The selection that accepts most; p, q [V] float64, each of sum 1."""
     curve = _Curve(p, q, k)
     ratio = np.clip(curve.ratio, *curve.bounds())
-    starts = _class_starts(ratio)
+    starts = _with_mass(_class_starts(ratio), curve.sum_q)
     mass = np.add.reduceat(curve.q, starts)
     slopes = np.add.reduceat(curve.q * ratio, starts) / mass
     cuts, weights, slopes = _mix(np.cumsum(mass), slopes, k)
@@ -109,6 +109,16 @@ def _class_starts(ratio: np.ndarray) -> np.ndarray:
         return starts
     edges = np.linspace(ratio[0], ratio[-1], MAX_CLASSES + 1)[1:-1]
     return np.unique(np.concatenate([[0], np.searchsorted(ratio, edges)]))
+
+
+def _with_mass(starts: np.ndarray, sum_q: np.ndarray) -> np.ndarray:
+    """The same without classes that q hardly ever draws, which join their neighbours: a chord over no width has no slope."""
+    kept = [0]
+    for start in starts[1:].tolist():
+        before = float(sum_q[start - 1])
+        if before - (float(sum_q[kept[-1] - 1]) if kept[-1] else 0.0) > TINY and 1.0 - before > TINY:
+            kept.append(start)
+    return np.array(kept)
 
 
 def _mix(x: np.ndarray, slopes: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
