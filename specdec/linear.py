@@ -34,7 +34,7 @@ __all__ = ["HAVE_OP", "FastLinear", "instruction_set", "linear", "linear_referen
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNLIMITED = sys.maxsize
-PROBE_ROWS = (1, 8, 64, 256)
+PROBE_ROWS = (1, 8, 16, 32, 48, 64, 256)
 PROBE_BYTES = 32 << 20  # of weights in one pass over few rows: more than most caches keep
 MAX_COPIES = 32  # of one weight: thousands of calls on tiny ones would take seconds
 MIN_ADVANTAGE = 1.05
