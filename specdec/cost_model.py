@@ -135,7 +135,8 @@ class CostModel:
         ratio = seconds / (float(predicted[place]) * max(1.0, nodes / int(sizes[place])))
         step = min(max(ratio, 1 / _LARGEST_RATIO), _LARGEST_RATIO) ** _RATE
         row = min(self._row_points(rows), key=lambda point: abs(point - rows))
-        self._pending.append((row, int(sizes[place]), step))
+        bucket = self._bucket(row, -(-nodes * rows // row) if rows > row else nodes)  # as seconds() predicts it
+        self._pending.append((row, bucket, step))
         if len(self._pending) >= _BATCH:
             self._apply()
 

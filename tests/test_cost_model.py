@@ -63,6 +63,17 @@ def test_observations_move_it_but_an_outlier_does_not() -> None:
     assert 0.04 * 1.2 < model.seconds(16, 0) < 0.08, "the whole machine got slower: other sizes follow in part"
 
 
+def test_observations_of_a_batch_teach_the_size_that_they_were_predicted_from() -> None:
+    """Four rows of two nodes cost what eight nodes cost."""
+    model = CostModel(TABLE)
+    assert model.seconds(2, 0, rows=4) == model.seconds(8, 0)
+    before = model.seconds(16, 0) / model.seconds(8, 0)
+    for _ in range(200):
+        model.observe(2, 0, 4, 0.048)
+    assert model.seconds(2, 0, rows=4) == model.seconds(8, 0) == pytest.approx(0.048, rel=0.01)
+    assert model.seconds(16, 0) / model.seconds(8, 0) < before
+
+
 def test_measure_takes_the_median_and_stops_in_time() -> None:
     calls: list[tuple[int, int, int]] = []
 
