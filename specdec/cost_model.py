@@ -130,12 +130,15 @@ class CostModel:
         """
         if not seconds > 0:
             return
-        sizes, predicted = self.curve(context, rows)
-        place = min(int(np.searchsorted(sizes, nodes)), len(sizes) - 1)
-        ratio = seconds / (float(predicted[place]) * max(1.0, nodes / int(sizes[place])))
-        step = min(max(ratio, 1 / _LARGEST_RATIO), _LARGEST_RATIO) ** _RATE
         row = min(self._row_points(rows), key=lambda point: abs(point - rows))
-        bucket = self._bucket(row, -(-nodes * rows // row) if rows > row else nodes)  # as seconds() predicts it
+        if rows > row:  # predicted from the size that has as many nodes in fewer rows
+            bucket, predicted = self._bucket(row, -(-nodes * rows // row)), self.seconds(nodes, context, rows)
+        else:
+            sizes, curve = self.curve(context, rows)
+            place = min(int(np.searchsorted(sizes, nodes)), len(sizes) - 1)
+            bucket, predicted = int(sizes[place]), float(curve[place]) * max(1.0, nodes / int(sizes[place]))
+        ratio = seconds / predicted
+        step = min(max(ratio, 1 / _LARGEST_RATIO), _LARGEST_RATIO) ** _RATE
         self._pending.append((row, bucket, step))
         if len(self._pending) >= _BATCH:
             self._apply()
