@@ -19,9 +19,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import logging
 import platform
+import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,6 @@ _INDUCTOR = {
     "cpp.dynamic_threads": True,
     "emulate_precision_casts": True,
 }
-_logger = logging.getLogger("specdec")
 _op: Any = torch.ops.specdec.cached_tree_attention.default if linear.HAVE_OP else None
 
 if _op is not None:
@@ -80,7 +80,12 @@ def cannot_compile(target: TargetModel) -> str | None:
         return "it has a prefix_backend of its own"
     if hasattr(target.model, "peft_config"):
         return "its adapters can be switched at any time; merge them first (merge_and_unload)"
-    return None
+    hooked = [name for name, module in target.model.named_modules() if _is_hooked(module)]
+    return f"hooks that it would no longer call are on {', '.join(map(repr, hooked[:3]))}" if hooked else None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class CompiledForward:
@@ -95,13 +100,12 @@ class CompiledForward:
 
     def __init__(self, target: TargetModel) -> None:
         self._parameters = _tensors(target.model)
-        self.seconds = 0.0  # spent compiling; 0 where the package was there
         path = _package(target)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if not path.exists():
-                self.seconds = _compile(target, path)
-        self.megabytes = path.stat().st_size / 1e6
+            self.was_there = path.exists()
+            if not self.was_there:
+                _compile(target, path)
+        self._facts = json.loads(_facts_of(path).read_text(encoding="utf-8"))
         self._runner = torch._inductor.aoti_load_package(str(path))
         names = self._runner.get_constant_fqns()
         if missing := [name for name in names if name not in self._parameters]:
@@ -120,8 +124,8 @@ class CompiledForward:
         return logits[0, : tokens.size].unflatten(0, tokens.shape)
 
     def info(self) -> dict[str, Any]:
-        """Cost of the compilation."""
-        return {"compile_seconds": round(self.seconds, 1), "package_mb": round(self.megabytes, 1)}
+        """What the compilation cost, now or when it was made: seconds, largest memory (of this process and of the compilers), disk."""
+        return {f"compile_{name}": value for name, value in self._facts.items()}
 
     def _follow_weights(self) -> None:
         """Hand over the model's tensors, at first and whenever one was replaced (changes in place need nothing).
@@ -182,23 +186,50 @@ def _package(target: TargetModel) -> Path:
         digest.update(Path(source).read_bytes())
     parts = (
         torch.__version__, transformers_version, linear.build(), torch.backends.cpu.get_cpu_capability(), platform.machine(),
-        platform.node(), type(model).__qualname__, target.max_fast_rows, json.dumps(model.config.to_dict(), sort_keys=True, default=str),
+        platform.node(), type(model).__qualname__, target.max_fast_rows > 0, json.dumps(model.config.to_dict(), sort_keys=True, default=str),
         [(name, tuple(shape), str(dtype)) for name, (shape, dtype) in _tensors(model).shapes.items()],
     )  # fmt: skip
     digest.update(repr(parts).encode())
-    return cache_folder("compiled") / f"{target.name}-{digest.hexdigest()[:16]}.pt2"
+    folder = cache_folder("compiled")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only cache: compiled again in the next process
+        folder = Path(tempfile.mkdtemp(prefix="specdec-"))
+    return folder / f"{target.name}-{digest.hexdigest()[:16]}.pt2"
 
 
-def _compile(target: TargetModel, path: Path) -> float:
-    """Export the model's step, compile it and put the package at `path`, which appears whole or not at all; returns seconds."""
+def _facts_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _compile(target: TargetModel, path: Path) -> None:
+    """Export the model's step, compile it and put the package at `path`, which appears whole or not at all."""
     started = time.perf_counter()
     part = path.with_name(f"{path.stem}.part.pt2")
-    _logger.info("compiling the step of %s, once on this machine; it takes a minute or two", target.name)
-    with Console(stderr=True).status(f"specdec: compiling {target.name} for this machine, once (a minute or two) ..."):
+    console = Console(stderr=True)
+    with (
+        console.status(f"specdec: compiling {target.name} for this machine, once (a minute or two) ..."),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of torch about itself
         exported = _export(target)
         torch._inductor.aoti_compile_and_package(exported, package_path=str(part), inductor_configs=_INDUCTOR)
+    facts = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "memory_mb": _peaks(),
+        "disk_mb": round(part.stat().st_size / 1e6, 1),
+    }
+    _facts_of(path).write_text(json.dumps(facts), encoding="utf-8")
     part.replace(path)
-    return time.perf_counter() - started
+
+
+def _peaks() -> list[int]:
+    """Largest resident memory, in MB, of this process and of any of its children; nothing where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return []
+    return [round(resource.getrusage(who).ru_maxrss / 1e3) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 
 
 def _export(target: TargetModel) -> Any:

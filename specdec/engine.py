@@ -547,6 +547,7 @@ class Engine:
             "device": str(self.target.device),
             "dtype": str(self.target.dtype),
             **self.target.info(),
+            **(self.target.compiled.info() if self.target.compiled else {}),
             **self.pacer.info(),
             **(self.builder.info() if isinstance(self.builder, ByRate) else {}),
         }

@@ -277,7 +277,7 @@ import torch, tiny_models
 torch.export.export = None  # nobody may export
 from specdec.target import TargetModel
 target = TargetModel(tiny_models.build("llama", head_dim=16), compile=True)
-print(target.compiled.seconds)
+print(target.compiled.was_there)
 """
 
 
@@ -285,14 +285,14 @@ print(target.compiled.seconds)
 def test_a_second_process_finds_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     target = TargetModel(compilable(), compile=True)
-    assert target.compiled is not None and target.compiled.seconds > 0
-    files = sorted(path.name for path in (tmp_path / "compiled").iterdir() if path.suffix != ".lock")
-    assert len(files) == 1 and files[0].startswith("LlamaForCausalLM-") and files[0].endswith(".pt2")
+    assert target.compiled is not None and not target.compiled.was_there
+    files = sorted((tmp_path / "compiled").glob("LlamaForCausalLM-*"))
+    assert [path.suffix for path in files] == [".json", ".pt2", ".lock"] or [path.suffix for path in files] == [".json", ".pt2"]
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     run = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
-    assert run.stdout.strip() == "0.0", run.stderr
-    weights = sum(parameter.nbytes for parameter in target.model.parameters())
-    assert weights > 0 and CompiledForward(target).megabytes < 5  # code alone
+    assert run.stdout.strip() == "True", run.stderr
+    facts = CompiledForward(target).info()
+    assert facts["compile_seconds"] > 1 and facts["compile_disk_mb"] == pytest.approx(files[1].stat().st_size / 1e6, abs=0.1)
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------------
@@ -321,6 +321,18 @@ def test_adapters_and_prefix_backends_are_refused() -> None:
     adapted = peft.get_peft_model(tiny_models.build("llama", head_dim=16), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UnsupportedModelError, match="merge them first"):
         Engine(adapted, compile=True)
+
+
+def test_hooks_and_replaced_forwards_are_refused() -> None:
+    """They are the user's to add and to remove; a compiled step would not notice."""
+    model = tiny_models.build("llama", head_dim=16)
+    handle = model.model.layers[1].register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(UnsupportedModelError, match=r"hooks.*'model\.layers\.1'"):
+        Engine(model, compile=True)
+    handle.remove()
+    model.lm_head.forward = model.lm_head.forward
+    with pytest.raises(UnsupportedModelError, match=r"hooks.*'lm_head'"):
+        Engine(model, compile=True)
 
 
 def test_a_failing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
