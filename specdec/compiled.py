@@ -32,12 +32,12 @@ from filelock import FileLock
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import __version__ as transformers_version
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specdec import linear
 from specdec._cache import cache_folder
-from specdec.attention import TreeBatch, op_takes_heads
+from specdec.attention import TreeBatch, compiled_op, op_takes_heads
 from specdec.kv_cache import KVCache
+from specdec.trace import Trace
 
 if TYPE_CHECKING:
     from specdec.target import TargetModel
@@ -63,18 +63,16 @@ if _op is not None:
 
 def cannot_compile(target: TargetModel) -> str | None:
     """Why this model's step cannot be compiled, or None; what only compiling shows is not known yet."""
-    if _op is None:
-        return "specdec._C is not built (it needs a C++ compiler when specdec is installed, with --no-build-isolation)"
-    if target.device.type != "cpu":
-        return f"it is on {target.device}; compiled steps run on CPUs"
+    if compiled_op(kind := target.device.type) is None or (kind == "cpu" and _op is None):
+        return f"specdec._C is not built for {kind} (it needs a compiler when specdec is installed, with --no-build-isolation)"
     if not target.uses_interface:
         return "transformers cannot route it through its attention interface"
     if target.rope.kind is not None:
         return f"its {target.rope.kind} RoPE depends on the length of the text"
     for layer in target.layers:
-        if layer.device.type != "cpu":
-            return f"it has layers on {layer.device}; compiled steps run on CPUs"
-        if not op_takes_heads(layer.key_dim, layer.value_dim, layer.dtype):
+        if layer.device != target.device:
+            return f"it has layers on {layer.device} and embeddings on {target.device}"
+        if not op_takes_heads(layer.key_dim, layer.value_dim, layer.dtype, kind):
             return f"the attention op has no kernel for heads of {layer.key_dim} in {layer.dtype}"
     if target.prefix_backend != "op":
         return "it has a prefix_backend of its own"
@@ -92,7 +90,7 @@ class CompiledForward:
     """The compiled step of one TargetModel.
 
     Args:
-        target: its model is on a CPU; `cannot_compile` must find nothing.
+        target: its model is on a CPU, and `cannot_compile` finds nothing.
 
     Raises:
         RuntimeError: the model cannot be exported or compiled; the message says why.
@@ -235,7 +233,7 @@ def _peaks() -> list[int]:
 def _export(target: TargetModel) -> Any:
     """The exported step, dynamic in tokens, rows of the cache and capacity."""
     cache = target.new_cache(2, 64)
-    trace = _Trace(cache)
+    trace = _ExportedAttention(cache)
     tokens = torch.zeros((1, 4), dtype=torch.int64)
     step = torch.zeros(16, dtype=torch.int32)
     size = torch.export.Dim("tokens", min=FEWEST_TOKENS, max=_MOST)
@@ -253,69 +251,19 @@ def _export(target: TargetModel) -> Any:
 class _StepModule(nn.Module):
     """What is exported: (tokens, positions, step, the cache's buffers) -> logits [1, T, V]."""
 
-    def __init__(self, model: nn.Module, trace: _Trace) -> None:
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
         super().__init__()
         self.model = model
         self._trace = [trace]  # in a list: it holds tensors while exporting, which are no state of this module
 
     def forward(self, tokens: Tensor, positions: Tensor, step: Tensor, *buffers: Tensor) -> Tensor:
-        cache = self._trace[0].begin(step, buffers)
-        output = self.model(
-            input_ids=tokens, attention_mask=None, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
-        )
-        return output.logits
+        return self._trace[0].run(self.model, tokens, positions, step, buffers)
 
 
-class _Trace:
-    """Stands for the KVCache and for the attention while the model is exported."""
-
-    def __init__(self, cache: KVCache) -> None:
-        self._places = cache.places()
-        self._layer = -1
-        self._latest: tuple[Tensor, Tensor] | None = None  # keys and values of the latest update
-
-    def begin(self, step: Tensor, buffers: tuple[Tensor, ...]) -> Cache:
-        self._step, self._buffers = step, buffers
-        return Cache(layers=[_TracedLayer(self, index) for index in range(len(self._places))])
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        self._layer, self._latest = layer, (keys, values)
+class _ExportedAttention(Trace):
+    """Leaves storing and attending to cached_tree_attention."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int) -> Tensor:
         """query [1, Hq, T, D], key and value [1, Hkv, T, D] of the new tokens -> [1, T, Hq, D]."""
-        if self._latest is None or self._latest[0] is not key or self._latest[1] is not value:
-            raise NotImplementedError("a layer attends to other keys and values than those it has just stored")
-        place = self._places[self._layer]
-        keys, values = self._buffers[place.key_buffer], self._buffers[place.value_buffer]
-        return _op(query, key, value, keys, values, place.key_index, place.value_index, self._step, scale, softcap, window)
-
-
-class _TracedLayer(CacheLayerMixin):
-    """transformers' view of one layer while the model is exported: it gets back what it stores."""
-
-    is_compileable = False
-    is_sliding = False
-
-    def __init__(self, trace: _Trace, index: int) -> None:
-        super().__init__()
-        self._trace, self._index = trace, index
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        self._trace.update(self._index, key_states, value_states)
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
+        keys, key_index, values, value_index = self.stored(key, value)
+        return _op(query, key, value, keys, values, key_index, value_index, self.step, scale, softcap, window)

@@ -107,7 +107,7 @@ class Engine:
             "mtp" (the extra prediction layer of its checkpoint); for the methods of specdec.DRAFTER_METHODS and for "auto", which
             uses it where that is faster.
         compile: run the steps (and those of a drafter of its own) as machine code compiled for this machine, which takes a minute
-            or two, once: the package is kept in the cache folder. CPUs only; the output stays the same.
+            or two, once: the package is kept in the cache folder. On CUDA: as captured graphs. The output stays the same.
 
     Raises:
         UnsupportedModelError: the model cannot be accelerated without risking its output, or cannot be compiled.

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from specdec.attention import TreeBatch, compiled_op
 from specdec.compiled import CompiledForward, cannot_compile
 from specdec.draft_tree import DraftTree
+from specdec.graphs import GraphedForward
 from specdec.kv_cache import KVCache, LayerShape
 from specdec.linear import FastLinear, instruction_set
 from specdec.prefix_backend import FlashAttention, attention_function
@@ -104,7 +105,8 @@ class TargetModel:
     Args:
         model: any decoder-only `PreTrainedModel` (also wrapped by PEFT).
         fast_linear: let specdec's CPU kernel compute skinny matrix products where it is faster (see specdec.linear).
-        compile: run the steps as machine code compiled for this machine, once (see specdec.compiled).
+        compile: run the steps as machine code compiled for this machine, once (see specdec.compiled); on CUDA as graphs
+            (specdec.graphs).
         prefix_backend: "op", or what computes the committed part of tree attention in its place (see specdec.prefix_backend).
 
     Raises:
@@ -151,7 +153,7 @@ class TargetModel:
         self._interface = f"specdec_{next(_names)}"
         _register(self)
         self.uses_interface = bool(getattr(_unwrapped(model), "_supports_attention_backend", False))
-        self.compiled: CompiledForward | None = None  # what runs the steps, if anything but the model
+        self.compiled: CompiledForward | GraphedForward | None = None  # what runs the steps, if anything but the model
         self._check()
         if compile:
             self._compile()
@@ -313,8 +315,8 @@ class TargetModel:
             tokens[row, : len(tree) - first] = tree.tokens[first:]
             positions[row, : len(tree) - first] = cache.starts[row] + tree.depths[first:]
         batch = TreeBatch(cache.starts, list(trees), counts, self.device, old if any(old) else None)
-        if self.compiled is not None:
-            return self.compiled(cache, batch, tokens, positions)
+        if self.compiled is not None and (logits := self.compiled(cache, batch, tokens, positions)) is not None:
+            return logits
         self.hidden_row = first_row
         return self._run(cache, batch, torch.from_numpy(tokens), torch.from_numpy(positions), 0)
 
@@ -417,7 +419,7 @@ class TargetModel:
             raise UnsupportedModelError(self.name, f"compile=True is impossible, {reason}", fix)
         eager = self._two_rows()
         try:
-            self.compiled = CompiledForward(self)
+            self.compiled = GraphedForward(self) if self.device.type == "cuda" else CompiledForward(self)
             compiled = self._two_rows()
         except Exception as error:  # exporter and compilers raise whatever they like; the reason is passed on
             self.compiled = None
