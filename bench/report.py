@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from bench.metrics import Row, agreement, groups_of, select, speed, speed_ratio, tokens_per_step
+from .metrics import (
+    Row,
+    agreement,
+    by_category,
+    groups_of,
+    mean_speed,
+    select,
+    speed,
+    speed_ratio,
+    tokens_per_step,
+)
 
 __all__ = ["BASELINES", "host_ms_per_step", "print_tables", "summary"]
 
-BASELINES = ("model.generate", "none", "prompt_lookup")
+BASELINES = ("model.generate", "none", "prompt_lookup", "assisted")
 NOT_HOST = ("forward", "prefill")
 
 
@@ -41,21 +53,37 @@ def _method_summary(rows: Sequence[Row], label: str) -> dict[str, Any]:
     return {
         "tokens_per_step": _rounded(tokens_per_step(mine)),
         "tokens_per_second": _rounded(speed(mine)),
+        "mean_tokens_per_second": _rounded(mean_speed(mine)),
+        "prefill_seconds": _rounded(sum(row.prefill_seconds for row in mine)),
         "host_ms_per_step": _rounded(host_ms_per_step(mine)),
         "same_output": _rounded(agreement(mine, _reference(rows))),
-        "groups": {
-            group: {
-                "tokens_per_step": _rounded(tokens_per_step(select(mine, label, group))),
-                "tokens_per_second": _rounded(speed(select(mine, label, group))),
-            }
-            for group in groups_of(mine)[:-1]
-        },
+        "accepted": _sum_of_histograms(mine),
+        "groups": _by_group(mine, label),
+        "categories": _by_group(by_category(mine), label) if _has_categories(mine) else {},
     }
 
 
+def _by_group(mine: Sequence[Row], label: str) -> dict[str, Any]:
+    each = {group: select(mine, label, group) for group in groups_of(mine)[:-1]}
+    return {
+        group: {"tokens_per_step": _rounded(tokens_per_step(rows)), "tokens_per_second": _rounded(speed(rows))}
+        for group, rows in each.items()
+    }
+
+
+def _sum_of_histograms(rows: Sequence[Row]) -> list[int]:
+    """[n]: steps of all rows that emitted n tokens."""
+    return [sum(counts) for counts in zip_longest(*(row.accepted for row in rows), fillvalue=0)]
+
+
+def _has_categories(rows: Sequence[Row]) -> bool:
+    """Some group has more than one."""
+    return len(groups_of(by_category(rows))) > len(groups_of(rows))
+
+
 def _rounded(value: float) -> float | None:
-    """Four decimals; None where there is nothing to report, since JSON has no nan."""
-    return None if value != value else round(value, 4)
+    """Four decimals; None where there is nothing to report, since JSON has neither nan nor infinity."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _reference(rows: Sequence[Row]) -> list[Row]:
@@ -76,7 +104,7 @@ def _pairs(rows: Sequence[Row], labels: Sequence[str]) -> list[tuple[str, str, l
 
 
 def print_tables(rows: Sequence[Row], labels: Sequence[str], console: Console) -> None:
-    """Totals, then tokens a step and speed by group; a group's column is its name."""
+    """Totals, then tokens a step, speed and ratios by group, and a ratio (or speed) by category where there are any."""
 
     def steps_cell(label: str, group: str) -> str:
         return _text(tokens_per_step(select(rows, label, group)))
@@ -90,6 +118,8 @@ def print_tables(rows: Sequence[Row], labels: Sequence[str], console: Console) -
     for baseline in BASELINES:
         if baseline in labels and len(labels) > 1:
             console.print(_grouped(rows, labels, f"speed / {baseline}", _ratio_cell(rows, baseline)))
+    if _has_categories(rows):
+        console.print(_categories(by_category(rows), labels))
 
 
 def _ratio_cell(rows: Sequence[Row], baseline: str) -> Callable[[str, str], str]:
@@ -102,8 +132,9 @@ def _ratio_cell(rows: Sequence[Row], baseline: str) -> Callable[[str, str], str]
 def _totals(rows: Sequence[Row], labels: Sequence[str]) -> Table:
     baselines = [name for name in BASELINES if name in labels]
     prompts = len({row.task for row in rows})
-    table = Table("method", title=f"{prompts} prompts; ratios of speed with 95 % intervals over prompts")
-    for name in ("tok / step", "tok / s", *(f"x {name}" for name in baselines), "host ms / step", "same output"):
+    title = f"{prompts} prompts; tok / s: sum of tokens / sum of seconds; its ratios with 95 % intervals over prompts; mean: of the prompts' own"
+    table = Table(Column("method", no_wrap=True), title=title)
+    for name in ("tok / step", "tok / s", "mean tok / s", *(f"x {name}" for name in baselines), "host ms / step", "same output"):
         table.add_column(name, justify="right")
     for label in labels:
         mine = select(rows, label)
@@ -112,6 +143,7 @@ def _totals(rows: Sequence[Row], labels: Sequence[str]) -> Table:
             label,
             _text(tokens_per_step(mine)),
             _text(speed(mine), 1),
+            _text(mean_speed(mine), 1),
             *(f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" for ratio in ratios),
             _text(host_ms_per_step(mine)),
             f"{agreement(mine, _reference(rows)):.0%}",
@@ -128,5 +160,25 @@ def _grouped(rows: Sequence[Row], labels: Sequence[str], title: str, cell: Calla
     return table
 
 
+def _categories(rows: Sequence[Row], labels: Sequence[str]) -> Table:
+    """A category's line is its name: there may be many. `rows` as by_category() gives them."""
+    baseline = next((name for name in BASELINES if name in labels and len(labels) > 1), None)
+    title = "tokens a second by category" if baseline is None else f"speed / {baseline} by category"
+    table = Table("category", title=title)
+    table.add_column("prompts", justify="right")
+    columns = [label for label in labels if label != baseline]
+    for label in columns:
+        table.add_column(label, justify="right")
+    for group in groups_of(rows):
+        cells = [select(rows, label, group) for label in columns]
+        texts = (
+            [_text(speed(cell), 1) for cell in cells]
+            if baseline is None
+            else [_text(speed_ratio(cell, select(rows, baseline, group)).value) for cell in cells]
+        )
+        table.add_row(group, str(len({row.task for cell in cells for row in cell})), *texts)
+    return table
+
+
 def _text(value: float, decimals: int = 2) -> str:
-    return "-" if value != value else f"{value:.{decimals}f}"
+    return f"{value:.{decimals}f}" if math.isfinite(value) else "-"
