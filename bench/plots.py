@@ -65,7 +65,7 @@ def speed_up(rows: list[Row], labels: list[str]) -> Figure | None:
         return None
     rows = by_category(rows)
     groups = groups_of(rows)
-    figure, axes = _axes(8, 1.2 + 0.32 * len(groups))
+    figure, axes = _axes(8, max(1.2 + 0.32 * len(groups), 0.5 + 0.22 * len(shown)))
     for index, label in enumerate(shown):
         ratios = [speed_ratio(select(rows, label, group), select(rows, baseline, group)) for group in groups]
         heights = np.arange(len(groups)) + (index - (len(shown) - 1) / 2) * min(0.12, 0.7 / len(shown))
@@ -163,7 +163,7 @@ def _speeds(axes: Axes, rows: list[Row], costs: Costs, methods: dict[str, list[i
 
 
 def _predicted(rows: list[Row], nodes: int, costs: Costs) -> float:
-    """Tokens a second of steps of `nodes` nodes by the cost model at its shortest context: a size costs what the next measured one
+    """Tokens a second by the cost model at its shortest context, if every tree were full: a size costs what the next measured one
     costs."""
     curve = next(iter(costs["forward_ms"].values()))
     place = min(int(np.searchsorted(costs["nodes"], nodes)), len(curve) - 1)

@@ -23,10 +23,12 @@ from .metrics import (
     tokens_per_step,
 )
 
-__all__ = ["BASELINES", "host_ms_per_step", "print_tables", "summary"]
+__all__ = ["BASELINES", "WIDTH", "host_ms_per_step", "print_tables", "summary"]
 
 BASELINES = ("model.generate", "none", "prompt_lookup", "assisted")
 NOT_HOST = ("forward", "prefill")
+WIDTH = 170  # of the totals with every baseline; rich cuts what does not fit
+COLUMNS = 5  # methods in one table of categories
 
 
 def host_ms_per_step(rows: Sequence[Row]) -> float:
@@ -109,17 +111,24 @@ def print_tables(rows: Sequence[Row], labels: Sequence[str], console: Console) -
     def steps_cell(label: str, group: str) -> str:
         return _text(tokens_per_step(select(rows, label, group)))
 
-    def speed_cell(label: str, group: str) -> str:
-        return _text(speed(select(rows, label, group)), 1)
-
     console.print(_totals(rows, labels))
     console.print(_grouped(rows, labels, "tokens a step", steps_cell))
-    console.print(_grouped(rows, labels, "tokens a second", speed_cell))
+    console.print(_grouped(rows, labels, "tokens a second", _speed_cell(rows)))
     for baseline in BASELINES:
         if baseline in labels and len(labels) > 1:
             console.print(_grouped(rows, labels, f"speed / {baseline}", _ratio_cell(rows, baseline)))
     if _has_categories(rows):
-        console.print(_categories(by_category(rows), labels))
+        baseline = next((name for name in BASELINES if name in labels and len(labels) > 1), None)
+        shown = [label for label in labels if label != baseline]
+        for start in range(0, len(shown), COLUMNS):
+            console.print(_categories(by_category(rows), shown[start : start + COLUMNS], baseline))
+
+
+def _speed_cell(rows: Sequence[Row]) -> Callable[[str, str], str]:
+    def cell(label: str, group: str) -> str:
+        return _text(speed(select(rows, label, group)), 1)
+
+    return cell
 
 
 def _ratio_cell(rows: Sequence[Row], baseline: str) -> Callable[[str, str], str]:
@@ -133,9 +142,17 @@ def _totals(rows: Sequence[Row], labels: Sequence[str]) -> Table:
     baselines = [name for name in BASELINES if name in labels]
     prompts = len({row.task for row in rows})
     title = f"{prompts} prompts; tok / s: sum of tokens / sum of seconds; its ratios with 95 % intervals over prompts; mean: of the prompts' own"
-    table = Table(Column("method", no_wrap=True), title=title)
-    for name in ("tok / step", "tok / s", "mean tok / s", *(f"x {name}" for name in baselines), "host ms / step", "same output"):
-        table.add_column(name, justify="right")
+    table = Table(Column("\nmethod", no_wrap=True), title=title)
+    headers = (
+        "tok\n/ step",
+        "\ntok / s",
+        "mean\ntok / s",
+        *(f"\nx {name}" for name in baselines),
+        "host ms\n/ step",
+        "same\noutput",
+    )
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
     for label in labels:
         mine = select(rows, label)
         ratios = [speed_ratio(mine, select(rows, name)) for name in baselines]
@@ -160,23 +177,16 @@ def _grouped(rows: Sequence[Row], labels: Sequence[str], title: str, cell: Calla
     return table
 
 
-def _categories(rows: Sequence[Row], labels: Sequence[str]) -> Table:
-    """A category's line is its name: there may be many. `rows` as by_category() gives them."""
-    baseline = next((name for name in BASELINES if name in labels and len(labels) > 1), None)
-    title = "tokens a second by category" if baseline is None else f"speed / {baseline} by category"
-    table = Table("category", title=title)
-    table.add_column("prompts", justify="right")
-    columns = [label for label in labels if label != baseline]
-    for label in columns:
-        table.add_column(label, justify="right")
+def _categories(rows: Sequence[Row], labels: Sequence[str], baseline: str | None) -> Table:
+    """Speed by category, over the baseline's if there is one. A category is a line, for there may be many; `rows` as by_category()
+    gives them."""
+    cell = _speed_cell(rows) if baseline is None else _ratio_cell(rows, baseline)
+    table = Table("category", title="tokens a second by category" if baseline is None else f"speed / {baseline} by category")
+    for name in ("prompts", *labels):
+        table.add_column(name, justify="right")
     for group in groups_of(rows):
-        cells = [select(rows, label, group) for label in columns]
-        texts = (
-            [_text(speed(cell), 1) for cell in cells]
-            if baseline is None
-            else [_text(speed_ratio(cell, select(rows, baseline, group)).value) for cell in cells]
-        )
-        table.add_row(group, str(len({row.task for cell in cells for row in cell})), *texts)
+        prompts = {row.task for label in labels for row in select(rows, label, group)}
+        table.add_row(group, str(len(prompts)), *(cell(label, group) for label in labels))
     return table
 
 

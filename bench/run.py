@@ -29,7 +29,7 @@ from .arctic import ARCTIC, missing_arctic
 from .environment import environment
 from .log import Log
 from .metrics import medians
-from .report import print_tables, summary
+from .report import WIDTH, print_tables, summary
 from .runners import EngineRunner, Runner, make_runners
 from .tasks import DEFAULT_DATA, Message, Task, encode, load_tasks
 
@@ -236,7 +236,7 @@ def main(
     labels = [runner.label for runner in runners]
     kept = {task.id for task in chosen}
     rows = medians(row for row in log.rows if row.method in labels and row.task in kept and row.round < rounds)
-    print_tables(rows, labels, Console(width=max(130, Console().width)))
+    print_tables(rows, labels, Console(width=max(WIDTH, Console().width)))
     print(json.dumps({"bench": "run", "settings": settings, "rounds": rounds, **summary(rows, labels)}))
     sys.stdout.flush()
 

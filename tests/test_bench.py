@@ -96,6 +96,29 @@ def test_summary_is_json_and_leaves_prefill_out_of_host_time():
     assert result["methods"]["auto@8"]["same_output"] == 1.0
 
 
+def test_tables_keep_their_names_and_show_categories():
+    """Four baselines side by side: no label and no column is cut; a group's categories have a table of their own."""
+    names = [*report.BASELINES, "token_recycling_published@auto"]
+    rows = [
+        replace(row(f"t{i}", name, 10, 1.0 + i, group="mt-bench"), category=category)
+        for name in names
+        for i, category in enumerate(["writing", "stem"])
+    ]
+    text = _printed(rows, names)
+    assert "…" not in text
+    assert all(line.rstrip()[-1] in "│┃┓┩┘" for line in text.splitlines() if line[0] in "│┃┏┡└"), "the last column has its edge"
+    assert max(map(len, map(str.rstrip, text.splitlines()))) < report.WIDTH
+    assert all(name in text for name in names)
+    assert "speed / model.generate by category" in text and "mt-bench/writing" in text
+    assert "by category" not in _printed([replace(each, category="") for each in rows], names)
+
+
+def _printed(rows: list[Row], labels: list[str]) -> str:
+    console = Console(width=report.WIDTH, record=True, file=io.StringIO())
+    report.print_tables(rows, labels, console)
+    return console.export_text()
+
+
 # ---- run -------------------------------------------------------------------------------------------------------------------
 
 
