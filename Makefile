@@ -6,10 +6,14 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+RUN = $(PY) -m bench.run
+PLAIN := none,auto,model.generate,prompt_lookup
+DRAFTS := ngram,suffix,suffix_arctic,suffix_arctic_tree,token_recycling,token_recycling_published,goose,goose_published,best_first
+FULL ?= results/full-$(shell git describe --always --dirty --abbrev=12)
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format verify bench bench-micro clean
+.PHONY: help setup demo test lint format verify bench bench-full bench-micro peers clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -50,9 +54,27 @@ format: $(STAMP)
 verify: $(STAMP)
 	$(PY) -m bench.verify $(ARGS)
 
-## make bench    speed and tokens a step on the report prompts (ARGS="--methods none,auto --limit 9 --out results/run.jsonl")
+## make bench    the README's table, on 18 of its 54 prompts: about ten minutes (ARGS="--limit 54" for all)
 bench: $(STAMP)
-	$(PY) -m bench.run $(ARGS)
+	$(RUN) --methods $(PLAIN) --limit 18 --out results/bench-$(shell date +%Y%m%d-%H%M%S).jsonl $(ARGS)
+
+## make bench-full   every figure: hours; resumable, in results/full-COMMIT (make peers first; a dry run: ARGS="--limit 2" FULL=/tmp/dry)
+bench-full: $(STAMP)
+	$(RUN) --rounds 3 --methods $(PLAIN) --out $(FULL)/warm.jsonl $(ARGS)
+	$(RUN) --rounds 3 --methods $(PLAIN) --mode cold --out $(FULL)/cold.jsonl $(ARGS)
+	$(RUN) --rounds 3 --methods $(PLAIN) --temperature 0.7 --out $(FULL)/temperature.jsonl $(ARGS)
+	$(RUN) --methods none,auto,$(DRAFTS) --budget auto,8,16,32,60 --out $(FULL)/budgets.jsonl $(ARGS)
+	$(RUN) --rounds 3 --methods none,auto,model.generate --batch 4 --out $(FULL)/batch4.jsonl $(ARGS)
+	$(RUN) --rounds 3 --methods none,auto,model.generate --batch 8 --out $(FULL)/batch8.jsonl $(ARGS)
+	for tasks in spec-bench humanevalfix long-qmsum; do \
+		$(RUN) --tasks $$tasks --methods $(PLAIN) --out $(FULL)/$$tasks.jsonl $(ARGS) || exit; done
+	for log in $(FULL)/*.jsonl; do $(PY) -m bench.plots $$log --out $${log%.jsonl} || exit; done
+
+## make peers    build Arctic's suffix cache, for the methods suffix_arctic and suffix_arctic_tree: a minute
+# Alone: what its build asks for beside (torch, protobuf) is for parts that are not used here.
+peers: $(STAMP)
+	$(PY) -m pip install --quiet nanobind==2.9.2 "cmake>=3.18"
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-deps --no-build-isolation "arctic-inference>=0.3"
 
 ## make bench-micro   micro-benchmarks; saves the run in .benchmarks and compares it with the last (ARGS="-k 'SmolLM2 and P256-'")
 bench-micro: $(STAMP)

@@ -1,4 +1,4 @@
-"""Builds the optional extension specdec._C (csrc/); everything else is in pyproject.toml.
+"""Builds the optional extension specdec._C (csrc/) and names the packages; everything else is in pyproject.toml.
 
 Without a compiler or without torch in the build environment the install goes on in pure Python, with one line that says so:
 
@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
@@ -121,4 +121,10 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildOptionalExtension})
+setup(
+    # `specdec bench` of an installed specdec: the folder bench/ ships as specdec.bench, so that no top-level "bench" is installed.
+    packages=[*find_packages(include=["specdec*"]), "specdec.bench"],
+    package_dir={"specdec.bench": "bench"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildOptionalExtension},
+)

@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
-from bench.timing import medians
 from specdec.attention import TreeBatch, compiled_op, tree_attention_reference
 from specdec.linear import instruction_set
 from specdec.pacing import two_chains
+
+from .timing import medians
 
 SHAPES = {  # query heads, KV heads, head dimension
     "SmolLM2-135M": (9, 3, 64),

@@ -16,10 +16,11 @@ from rich.table import Table
 from transformers.utils import logging
 
 import specdec
-from bench.metrics import Row, agreement, speed, tokens_per_step
-from bench.runners import EngineRunner, PeerRunner, Runner
-from bench.tasks import Task, encode
 from specdec.models import load
+
+from .metrics import Row, agreement, speed, tokens_per_step
+from .runners import EngineRunner, PeerRunner, Runner
+from .tasks import Task, encode
 
 PROMPT = """Fix the typo in this function and return the whole function:
 
@@ -54,7 +55,7 @@ def compare(runners: list[Runner], prompt: list[int], params: specdec.SamplingPa
     for _ in range(rounds):
         for runner in runners:
             runner.reset()
-            rows.append(runner.run(TASK, prompt, params))
+            rows += runner.run([TASK], [prompt], params)
     return rows
 
 
@@ -63,7 +64,7 @@ def measure(model: Any, tokenizer: Any, params: specdec.SamplingParams, rounds: 
     peer, ours = PeerRunner(model, "model.generate"), EngineRunner(model, tokenizer, "auto", "auto")
     prompt = encode(tokenizer, TASK)
     for runner in (peer, ours):  # compile and measure costs before anything is timed
-        runner.run(WARM_UP, encode(tokenizer, WARM_UP), params)
+        runner.run([WARM_UP], [encode(tokenizer, WARM_UP)], params)
     if stream:
         stream_answer(ours.engine, prompt, params)
     rows = compare([peer, ours], prompt, params, rounds)

@@ -42,14 +42,15 @@ from rich.table import Table
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bench.attention import SHAPES
-from bench.timing import medians
 from specdec import Engine, SamplingParams, load
 from specdec.attention import TreeBatch, compiled_op, tree_attention_reference
 from specdec.draft_tree import DraftTree
 from specdec.models import is_embedded_installed
 from specdec.pacing import two_chains
 from specdec.prefix_backend import FlashAttention, attend_with_prefix, load_flash_attention
+
+from .attention import SHAPES
+from .timing import medians
 
 CHECKS = ("grid", "graph", "sanitizer", "timings", "model")
 LIMITS = {"float32": 1e-6, "float16": 5e-4, "bfloat16": 4e-3}  # relative L2 error of an output row

@@ -17,8 +17,9 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from bench.timing import medians
 from specdec.linear import FastLinear, instruction_set
+
+from .timing import medians
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576))  # [out_features, in_features]
 ROWS = (1, 2, 4, 8, 16, 32, 64)

@@ -25,12 +25,13 @@ from rich.table import Table
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from bench.timing import medians
 from specdec import attention
 from specdec.kv_cache import KVCache
 from specdec.models import load
 from specdec.pacing import two_chains
 from specdec.target import TargetModel
+
+from .timing import medians
 
 TIMED_SDPA = "specdec_bench_sdpa"
 

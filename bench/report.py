@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from bench.metrics import Row, agreement, groups_of, select, speed, speed_ratio, tokens_per_step
+from .metrics import (
+    Row,
+    agreement,
+    by_category,
+    groups_of,
+    mean_speed,
+    select,
+    speed,
+    speed_ratio,
+    tokens_per_step,
+)
 
-__all__ = ["BASELINES", "host_ms_per_step", "print_tables", "summary"]
+__all__ = ["BASELINES", "WIDTH", "host_ms_per_step", "print_tables", "summary"]
 
 BASELINES = ("model.generate", "none", "prompt_lookup", "assisted")
 NOT_HOST = ("forward", "prefill")
+WIDTH = 170  # of the totals with every baseline; rich cuts what does not fit
+COLUMNS = 5  # methods in one table of categories
 
 
 def host_ms_per_step(rows: Sequence[Row]) -> float:
@@ -41,21 +55,37 @@ def _method_summary(rows: Sequence[Row], label: str) -> dict[str, Any]:
     return {
         "tokens_per_step": _rounded(tokens_per_step(mine)),
         "tokens_per_second": _rounded(speed(mine)),
+        "mean_tokens_per_second": _rounded(mean_speed(mine)),
+        "prefill_seconds": _rounded(sum(row.prefill_seconds for row in mine)),
         "host_ms_per_step": _rounded(host_ms_per_step(mine)),
         "same_output": _rounded(agreement(mine, _reference(rows))),
-        "groups": {
-            group: {
-                "tokens_per_step": _rounded(tokens_per_step(select(mine, label, group))),
-                "tokens_per_second": _rounded(speed(select(mine, label, group))),
-            }
-            for group in groups_of(mine)[:-1]
-        },
+        "accepted": _sum_of_histograms(mine),
+        "groups": _by_group(mine, label),
+        "categories": _by_group(by_category(mine), label) if _has_categories(mine) else {},
     }
 
 
+def _by_group(mine: Sequence[Row], label: str) -> dict[str, Any]:
+    each = {group: select(mine, label, group) for group in groups_of(mine)[:-1]}
+    return {
+        group: {"tokens_per_step": _rounded(tokens_per_step(rows)), "tokens_per_second": _rounded(speed(rows))}
+        for group, rows in each.items()
+    }
+
+
+def _sum_of_histograms(rows: Sequence[Row]) -> list[int]:
+    """[n]: steps of all rows that emitted n tokens."""
+    return [sum(counts) for counts in zip_longest(*(row.accepted for row in rows), fillvalue=0)]
+
+
+def _has_categories(rows: Sequence[Row]) -> bool:
+    """Some group has more than one."""
+    return len(groups_of(by_category(rows))) > len(groups_of(rows))
+
+
 def _rounded(value: float) -> float | None:
-    """Four decimals; None where there is nothing to report, since JSON has no nan."""
-    return None if value != value else round(value, 4)
+    """Four decimals; None where there is nothing to report, since JSON has neither nan nor infinity."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _reference(rows: Sequence[Row]) -> list[Row]:
@@ -76,20 +106,29 @@ def _pairs(rows: Sequence[Row], labels: Sequence[str]) -> list[tuple[str, str, l
 
 
 def print_tables(rows: Sequence[Row], labels: Sequence[str], console: Console) -> None:
-    """Totals, then tokens a step and speed by group; a group's column is its name."""
+    """Totals, then tokens a step, speed and ratios by group, and a ratio (or speed) by category where there are any."""
 
     def steps_cell(label: str, group: str) -> str:
         return _text(tokens_per_step(select(rows, label, group)))
 
-    def speed_cell(label: str, group: str) -> str:
-        return _text(speed(select(rows, label, group)), 1)
-
     console.print(_totals(rows, labels))
     console.print(_grouped(rows, labels, "tokens a step", steps_cell))
-    console.print(_grouped(rows, labels, "tokens a second", speed_cell))
+    console.print(_grouped(rows, labels, "tokens a second", _speed_cell(rows)))
     for baseline in BASELINES:
         if baseline in labels and len(labels) > 1:
             console.print(_grouped(rows, labels, f"speed / {baseline}", _ratio_cell(rows, baseline)))
+    if _has_categories(rows):
+        baseline = next((name for name in BASELINES if name in labels and len(labels) > 1), None)
+        shown = [label for label in labels if label != baseline]
+        for start in range(0, len(shown), COLUMNS):
+            console.print(_categories(by_category(rows), shown[start : start + COLUMNS], baseline))
+
+
+def _speed_cell(rows: Sequence[Row]) -> Callable[[str, str], str]:
+    def cell(label: str, group: str) -> str:
+        return _text(speed(select(rows, label, group)), 1)
+
+    return cell
 
 
 def _ratio_cell(rows: Sequence[Row], baseline: str) -> Callable[[str, str], str]:
@@ -102,9 +141,18 @@ def _ratio_cell(rows: Sequence[Row], baseline: str) -> Callable[[str, str], str]
 def _totals(rows: Sequence[Row], labels: Sequence[str]) -> Table:
     baselines = [name for name in BASELINES if name in labels]
     prompts = len({row.task for row in rows})
-    table = Table("method", title=f"{prompts} prompts; ratios of speed with 95 % intervals over prompts")
-    for name in ("tok / step", "tok / s", *(f"x {name}" for name in baselines), "host ms / step", "same output"):
-        table.add_column(name, justify="right")
+    title = f"{prompts} prompts; tok / s: sum of tokens / sum of seconds; its ratios with 95 % intervals over prompts; mean: of the prompts' own"
+    table = Table(Column("\nmethod", no_wrap=True), title=title)
+    headers = (
+        "tok\n/ step",
+        "\ntok / s",
+        "mean\ntok / s",
+        *(f"\nx {name}" for name in baselines),
+        "host ms\n/ step",
+        "same\noutput",
+    )
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
     for label in labels:
         mine = select(rows, label)
         ratios = [speed_ratio(mine, select(rows, name)) for name in baselines]
@@ -112,6 +160,7 @@ def _totals(rows: Sequence[Row], labels: Sequence[str]) -> Table:
             label,
             _text(tokens_per_step(mine)),
             _text(speed(mine), 1),
+            _text(mean_speed(mine), 1),
             *(f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" for ratio in ratios),
             _text(host_ms_per_step(mine)),
             f"{agreement(mine, _reference(rows)):.0%}",
@@ -128,5 +177,18 @@ def _grouped(rows: Sequence[Row], labels: Sequence[str], title: str, cell: Calla
     return table
 
 
+def _categories(rows: Sequence[Row], labels: Sequence[str], baseline: str | None) -> Table:
+    """Speed by category, over the baseline's if there is one. A category is a line, for there may be many; `rows` as by_category()
+    gives them."""
+    cell = _speed_cell(rows) if baseline is None else _ratio_cell(rows, baseline)
+    table = Table("category", title="tokens a second by category" if baseline is None else f"speed / {baseline} by category")
+    for name in ("prompts", *labels):
+        table.add_column(name, justify="right")
+    for group in groups_of(rows):
+        prompts = {row.task for label in labels for row in select(rows, label, group)}
+        table.add_row(group, str(len(prompts)), *(cell(label, group) for label in labels))
+    return table
+
+
 def _text(value: float, decimals: int = 2) -> str:
-    return "-" if value != value else f"{value:.{decimals}f}"
+    return f"{value:.{decimals}f}" if math.isfinite(value) else "-"

@@ -1,95 +1,74 @@
-"""Speed and tokens a step of several methods, interleaved prompt by prompt: `python -m bench.run --help`.
+"""Speed and tokens a step of several methods, interleaved prompt by prompt: `specdec bench --help`, `python -m bench.run --help`.
 
-For every prompt all methods run one after the other, in an order shuffled a prompt, so that a change in the machine's speed hits
-all of them alike. Each method has its own engine on the one model. Cold: the engines forget before every prompt. Warm: they keep
-what they learned, over the prompts in fixed order. The last line on stdout is one JSON object with everything that was measured.
+For every prompt (or batch of prompts) all methods run one after the other, in an order shuffled a prompt, so that a change in the
+machine's speed hits all of them alike. Each method has its own engine on the one model. Cold: the engines forget before every
+prompt. Warm: they keep what they learned over the prompts, in fixed order, and forget before every round. What was measured is on
+disk at once (bench.log). The last line on stdout is one JSON object with everything that was measured.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-import transformers
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import specdec
-from bench.metrics import Row
-from bench.report import print_tables, summary
-from bench.runners import Runner, make_runners
-from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks
 from specdec.models import load
+from specdec.pacing import measured_costs
 from specdec.sources.draft_model import is_own, load_drafter
 
-__all__ = ["Log", "main", "run_all"]
+from .arctic import ARCTIC, missing_arctic
+from .environment import environment
+from .log import Log
+from .metrics import medians
+from .report import WIDTH, print_tables, summary
+from .runners import EngineRunner, Runner, make_runners
+from .tasks import DEFAULT_DATA, Message, Task, encode, load_tasks
+
+__all__ = ["main", "run_all"]
 
 MODES = ("cold", "warm")
 WARM_UP = Task("warm-up", "warm-up", "Count from one to twenty in words, then count again from one to twenty in words.")
+CONTEXTS = (256, 2048)  # of the cost curves in the log
+
+Batch = list[Task]
 
 
-class Log:
-    """Rows measured so far, in memory and, if asked, in a JSON-lines file: settings first, then one row a line.
-
-    Raises:
-        ValueError: the file was written under other settings.
-    """
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.rows: list[Row] = []
-        if path is None:
-            return
-        if path.exists():
-            self._read(path, settings)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write({"settings": settings})
-
-    def _read(self, path: Path, settings: dict[str, Any]) -> None:
-        first, *rest = path.read_text(encoding="utf-8").splitlines()
-        written = json.loads(first)["settings"]
-        if written != settings:
-            changed = [key for key in settings if written.get(key) != settings[key]]
-            changes = "; ".join(f"{key}: {written.get(key)!r} there, {settings[key]!r} now" for key in changed)
-            raise ValueError(f"out must be a new file or one of the same settings, got {path} ({changes})")
-        self.rows = [Row(**json.loads(line)) for line in rest]
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        self._write(asdict(row))
-
-    def done(self) -> set[tuple[str, str]]:
-        """(task, method) of the rows that are there."""
-        return {(row.task, row.method) for row in self.rows}
+def batches(tasks: list[Task], size: int) -> list[Batch]:
+    """Tasks that run at once. No batch holds a task and what follows it: all of the latter come last."""
+    if size == 1:
+        return [[task] for task in tasks]
+    parts = [[task for task in tasks if bool(task.follows) == second] for second in (False, True)]
+    return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
 
 
-def pending(tasks: list[Task], runners: list[Runner], log: Log, warm: bool) -> Iterator[tuple[Task, list[Runner]]]:
-    """What is left to run: each task with its methods in shuffled order.
+def pending(parts: list[Batch], runners: list[Runner], log: Log, rounds: int) -> Iterator[tuple[int, Batch, list[Runner]]]:
+    """What is left to run: (round, batch, its methods in shuffled order)."""
+    for number in range(rounds):
+        for batch in parts:
+            ids = [task.id for task in batch]
+            todo = [runner for runner in runners if not log.has(ids, runner.label, number)]
+            if todo:
+                yield number, batch, random.Random(f"{number} {ids[0]}").sample(todo, len(todo))
 
-    Raises:
-        ValueError: a warm run that stopped halfway; what its engines had learned is gone.
-    """
-    done = log.done()
-    left = [(task, [runner for runner in runners if (task.id, runner.label) not in done]) for task in tasks]
-    left = [(task, todo) for task, todo in left if todo]
-    if warm and log.rows and left:
-        raise ValueError(f"a warm run cannot be resumed, its engines have forgotten; give a new --out or delete {log.path}")
-    for number, (task, todo) in enumerate(left):
-        yield task, random.Random(number).sample(todo, len(todo))
+
+def conversation(task: Task, tasks: dict[str, Task], log: Log, tokenizer: Any) -> tuple[Message, ...]:
+    """The messages before the task's own turn. The answer to the turn that it follows is the first one measured, whichever
+    method's it was, so that all methods and rounds see one prompt; the methods being lossless, it is the model's own."""
+    if not task.follows:
+        return task.before
+    leader = tasks[task.follows]
+    answer = next(row.token_ids for row in log.rows if row.task == leader.id)
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    return (*leader.before, {"role": "user", "content": leader.text}, {"role": "assistant", "content": text})
 
 
 def run_all(
@@ -100,22 +79,66 @@ def run_all(
     log: Log,
     warm: bool,
     console: Console,
+    rounds: int = 1,
+    batch: int = 1,
+    window: int | None = None,
 ) -> None:
-    """Run what is pending; every row is in the log before the next starts, and an exception ends the run."""
-    todo = list(pending(tasks, runners, log, warm))
+    """Run what is pending; every row is in the log before the next starts, and an exception ends the run.
+
+    Raises:
+        ValueError: the warm-up's prompt is among the tasks.
+    """
+    if any(task.text == WARM_UP.text for task in tasks):
+        raise ValueError(f"tasks has the prompt of the warm-up, which must not be measured: {WARM_UP.text!r}")
+    parts = batches(tasks, batch)
+    units = [{task.id for task in tasks}] if warm else [{task.id for task in part} for part in parts]
+    log.drop_unfinished(units, [runner.label for runner in runners], rounds)
+    todo = list(pending(parts, runners, log, rounds))
     if not todo:
         return
-    for runner in runners:  # compile, measure costs, check the model: once, not timed
-        runner.run(WARM_UP, encode(tokenizer, WARM_UP), params)
-        runner.reset()
-    with console.status("") as status:
-        for number, (task, order) in enumerate(todo, 1):
-            prompt = encode(tokenizer, task)
+    _warm_up(runners, tokenizer, params, batch)
+    log.note_costs(_costs(runners))
+    by_id = {task.id: task for task in tasks}
+    with _progress(console) as progress:
+        bar = progress.add_task("", total=sum(len(order) for _, _, order in todo))
+        begun = 0
+        for number, part, order in todo:
+            if number > begun:  # a new round: nothing is known
+                begun = number
+                for runner in runners:
+                    runner.reset()
+            prompts = [encode(tokenizer, task, conversation(task, by_id, log, tokenizer), window) for task in part]
             for runner in order:
-                status.update(f"{number}/{len(todo)} {task.id}: {runner.label}")
+                progress.update(bar, description=f"round {number + 1}/{rounds} {part[0].id}: {runner.label}")
                 if not warm:
                     runner.reset()
-                log.add(runner.run(task, prompt, params))
+                log.add([replace(row, round=number) for row in runner.run(part, prompts, params)])
+                progress.advance(bar)
+
+
+def _warm_up(runners: list[Runner], tokenizer: Any, params: specdec.SamplingParams, batch: int) -> None:
+    """Compile, measure costs, check the model: once, not timed, and forgotten."""
+    for runner in runners:
+        runner.run([WARM_UP] * batch, [encode(tokenizer, WARM_UP)] * batch, params)
+        runner.reset()
+
+
+def _progress(console: Console) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.description}", markup=False), console=console, speed_estimate_period=600)
+
+
+def _costs(runners: list[Runner]) -> dict[str, Any]:
+    """Milliseconds of a forward by nodes and context, as the cost model measured them; nothing without an engine."""
+    engine = next((runner.engine for runner in runners if isinstance(runner, EngineRunner)), None)
+    if engine is None:
+        return {}
+    model = measured_costs(engine.target)
+    seconds = {context: model.curve(context)[1] for context in CONTEXTS}
+    return {
+        "nodes": model.sizes(),
+        "forward_ms": {str(context): [round(1e3 * each, 3) for each in times.tolist()] for context, times in seconds.items()},
+    }
 
 
 def _budgets(text: str) -> list[int | str]:
@@ -125,17 +148,55 @@ def _budgets(text: str) -> list[int | str]:
         raise ValueError(f"budget must be auto or integers, separated by commas, got {text!r}") from error
 
 
+def _available(methods: list[str], console: Console) -> list[str]:
+    """The methods whose packages are there; the others are named and skipped.
+
+    Raises:
+        ValueError: none is left.
+    """
+    reason = missing_arctic()
+    skipped = [method for method in methods if method in ARCTIC and reason]
+    if len(skipped) == len(methods):
+        raise ValueError(f"methods {', '.join(methods)}: {reason}")
+    for method in skipped:
+        console.print(f"skipped: {method}, {reason}", style="yellow", markup=False, soft_wrap=True)
+    return [method for method in methods if method not in skipped]
+
+
+def _window(model: Any, max_new_tokens: int) -> int | None:
+    """Most tokens of a prompt; None where the model has no bound."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return None
+    if positions <= max_new_tokens:
+        raise ValueError(f"max_new_tokens must be below the model's window of {positions} tokens, got {max_new_tokens}")
+    return int(positions) - max_new_tokens
+
+
 def main(
-    split: Annotated[str, typer.Option(help="report, tune or random")] = "report",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            "--tasks",
+            "--split",
+            help="report, tune, random, spec-bench, humaneval, gsm8k, math500, humanevalfix, long-qmsum, or a file of yours: "
+            '{"prompt": ...} or {"messages": [...]} a line, .jsonl',
+        ),
+    ] = "report",
     methods: Annotated[
-        str, typer.Option(help="methods of specdec, model.generate, prompt_lookup and assisted, separated by commas")
+        str,
+        typer.Option(
+            help="methods of specdec, model.generate, prompt_lookup, assisted, suffix_arctic and suffix_arctic_tree, separated by commas"
+        ),
     ] = "none,auto,model.generate,prompt_lookup",
     drafter: Annotated[str | None, typer.Option(help="a folder or hub name, early_exit:8 or mtp")] = None,
     budget: Annotated[str, typer.Option(help="node budgets, root included, separated by commas: auto or integers")] = "auto",
-    mode: Annotated[str, typer.Option(help="cold: engines forget before every prompt; warm: they do not")] = "warm",
+    mode: Annotated[str, typer.Option(help="cold: engines forget before every prompt; warm: before every round")] = "warm",
+    rounds: Annotated[int, typer.Option(min=1, help="times that all prompts run; a prompt's median counts")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="prompts that run at once")] = 1,
     model: Annotated[str | None, typer.Option(help="local folder or hub name; the embedded model if not given")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float32, ...")] = "bfloat16",
-    data: Annotated[Path, typer.Option(help="folder with mix.json")] = DEFAULT_DATA,
+    data: Annotated[Path, typer.Option(help="folder with mix.json and the sets")] = DEFAULT_DATA,
     groups: Annotated[str, typer.Option(help="only these groups, separated by commas")] = "",
     limit: Annotated[int | None, typer.Option(help="only so many prompts, spread over the groups")] = None,
     max_new_tokens: Annotated[int, typer.Option()] = 128,
@@ -144,7 +205,7 @@ def main(
     share_prefill: Annotated[
         bool, typer.Option(help="prefill each prompt once for all of specdec's methods (tokens a step stay the same)")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON-lines file; a cold run goes on where it stopped")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON-lines file; what is finished in it is not run again")] = None,
 ) -> None:
     """Compare methods on the same prompts."""
     console = Console(stderr=True)
@@ -152,37 +213,32 @@ def main(
         if mode not in MODES:
             raise ValueError(f"mode must be cold or warm, got {mode!r}")
         params = specdec.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        tasks = load_tasks(data, split, limit, [name for name in groups.split(",") if name])
+        chosen = load_tasks(data, tasks, limit, [name for name in groups.split(",") if name])
+        names, budgets = _available(methods.split(","), console), _budgets(budget)
         loaded, tokenizer = load(model, dtype)
         settings = {
-            "split": split, "mode": mode, "model": model or "embedded", "dtype": str(loaded.dtype).removeprefix("torch."),
+            "tasks": tasks, "mode": mode, "batch": batch, "model": model or "embedded", "dtype": str(loaded.dtype).removeprefix("torch."),
             "drafter": drafter, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "share_prefill": share_prefill,
-            "device": str(loaded.device), "threads": torch.get_num_threads(), "machine": _machine(),
-            "versions": {"specdec": specdec.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "device": str(loaded.device), **environment(),
         }  # fmt: skip
+        if mode == "warm" or batch > 1:  # what an engine knows, or has beside it, depends on which prompts there are
+            settings |= {"groups": groups, "limit": limit}
         log = Log(out, settings)
         loaded_drafter = drafter
         if drafter is not None and not is_own(drafter):
             loaded_drafter = load_drafter(drafter, loaded, tokenizer)  # once, for all engines and peers
-        runners = make_runners(loaded, tokenizer, methods.split(","), _budgets(budget), share_prefill, loaded_drafter)
-        run_all(tasks, runners, tokenizer, params, log, mode == "warm", console)
+        runners = make_runners(loaded, tokenizer, names, budgets, share_prefill, loaded_drafter, batch)
+        window = _window(loaded, max_new_tokens)
+        run_all(chosen, runners, tokenizer, params, log, mode == "warm", console, rounds, batch, window)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
     labels = [runner.label for runner in runners]
-    kept = {task.id for task in tasks}
-    rows = [row for row in log.rows if row.method in labels and row.task in kept]
-    print_tables(rows, labels, Console(width=max(130, Console().width)))
-    print(json.dumps({"bench": "run", "settings": settings, **summary(rows, labels)}))
+    kept = {task.id for task in chosen}
+    rows = medians(row for row in log.rows if row.method in labels and row.task in kept and row.round < rounds)
+    print_tables(rows, labels, Console(width=max(WIDTH, Console().width)))
+    print(json.dumps({"bench": "run", "settings": settings, "rounds": rounds, **summary(rows, labels)}))
     sys.stdout.flush()
-
-
-def _machine() -> str:
-    """Processor and cores, as the operating system names them."""
-    cpuinfo = Path("/proc/cpuinfo")  # Linux only
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The things that a benchmark compares: specdec's methods, and transformers' own generate with and without prompt lookup.
+"""The things that a benchmark compares: specdec's methods, transformers' own ways to generate, and other packages' drafts.
 
 One ruler: decode seconds are the seconds of the call after the prefill. specdec reports its prefill; for transformers it ends
 when the streamer gets the first new tokens, and the tokens of that first call are not counted either, since their time is not.
+A batch is one call; each of its prompts has an equal share of its seconds.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ from typing import Any, Protocol
 import torch
 
 import specdec
-from bench.metrics import Row
-from bench.tasks import Task
 from specdec.draft_tree import TopK
 from specdec.learning import top_k
 from specdec.sequence import Sequence
 from specdec.sources.draft_model import early_exit_layers
+
+from .arctic import ARCTIC, ArcticSuffix, missing_arctic
+from .metrics import Row, histogram
+from .tasks import Task
 
 __all__ = ["PEERS", "EngineRunner", "PeerRunner", "PrefixEngine", "Runner", "make_runners"]
 
 # Peer -> what it adds to generate(); 10 tokens is what transformers' documentation shows for prompt lookup.
 # "assisted" is told its drafter in peer_options().
 PEERS: dict[str, dict[str, Any]] = {"model.generate": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}, "assisted": {}}
+ONE_AT_A_TIME = ("prompt_lookup", "assisted")  # transformers refuses batches there
 BASELINE = "none"
+MAX_ROWS = 8
 PrefixMemory = dict[tuple[int, ...], tuple[list[torch.Tensor], list[tuple[int, TopK]]]]
 
 
@@ -33,8 +38,8 @@ class Runner(Protocol):
 
     label: str
 
-    def run(self, task: Task, prompt: list[int], params: specdec.SamplingParams) -> Row:
-        """Generate once and time it."""
+    def run(self, tasks: list[Task], prompts: list[list[int]], params: specdec.SamplingParams) -> list[Row]:
+        """Generate once for all of the prompts at a time and time it; one row a prompt."""
 
     def reset(self) -> None:
         """Forget what earlier prompts taught."""
@@ -83,23 +88,30 @@ class EngineRunner:
         budget: int | str,
         memory: PrefixMemory | None = None,
         drafter: Any = None,
+        max_rows: int = MAX_ROWS,
     ) -> None:
         self.label = method if method == BASELINE else f"{method}@{budget}"
+        builder = ArcticSuffix(ARCTIC[method]) if method in ARCTIC else method
+        options = {"method": builder, "budget": budget, "drafter": drafter, "max_rows": max_rows}
         self.engine = (
-            specdec.Engine(model, tokenizer, method=method, budget=budget, drafter=drafter)
+            specdec.Engine(model, tokenizer, **options)
             if memory is None
-            else PrefixEngine(model, tokenizer, method=method, budget=budget, drafter=drafter, memory=memory)
+            else PrefixEngine(model, tokenizer, **options, memory=memory)
         )
 
-    def run(self, task: Task, prompt: list[int], params: specdec.SamplingParams) -> Row:
+    def run(self, tasks: list[Task], prompts: list[list[int]], params: specdec.SamplingParams) -> list[Row]:
         start = time.perf_counter()
-        result = self.engine.generate([prompt], params)[0]
+        results = self.engine.generate(prompts, params)
         wall = time.perf_counter() - start
-        prefill = result.times["prefill"]
-        return Row(
-            task.id, task.group, self.label, len(result.token_ids), result.steps,
-            wall - prefill, prefill, result.token_ids, result.times,
-        )  # fmt: skip
+        prefill = sum(result.times["prefill"] for result in results)
+        return [
+            Row(
+                task.id, task.group, self.label, len(result.token_ids), result.steps,
+                (wall - prefill) / len(tasks), prefill / len(tasks), result.token_ids, result.times,
+                category=task.category, accepted=histogram(result.accept_lengths),
+            )
+            for task, result in zip(tasks, results)
+        ]  # fmt: skip
 
     def reset(self) -> None:
         self.engine.reset()
@@ -113,14 +125,14 @@ class PeerRunner:
         self.label = label
         self.options = peer_options(label, drafter)
 
-    def run(self, task: Task, prompt: list[int], params: specdec.SamplingParams) -> Row:
-        ids = torch.tensor([prompt], device=self.model.device)
+    def run(self, tasks: list[Task], prompts: list[list[int]], params: specdec.SamplingParams) -> list[Row]:
+        ids, mask = _left_padded(prompts, self.model.device)
         clock = _StreamClock()
         torch.manual_seed(params.seed or 0)
         start = time.perf_counter()
         output = self.model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=mask,
             max_new_tokens=params.max_new_tokens,
             streamer=clock,
             **_sampling_options(params),
@@ -128,11 +140,19 @@ class PeerRunner:
         )
         end = time.perf_counter()
         first_seen = clock.seconds[0]
-        token_ids = output[0, len(prompt) :].tolist()
-        return Row(
-            task.id, task.group, self.label, len(token_ids) - clock.counts[0], len(clock.counts) - 1,
-            end - first_seen, first_seen - start, token_ids,
-        )  # fmt: skip
+        eos = _eos_token_ids(self.model)
+        rows = []
+        for task, row in zip(tasks, output[:, ids.shape[1] :].tolist()):
+            token_ids = _until(row, eos)
+            lengths = clock.counts[1:] if len(tasks) == 1 else [1] * (len(token_ids) - 1)
+            rows.append(
+                Row(
+                    task.id, task.group, self.label, sum(lengths), len(lengths),
+                    (end - first_seen) / len(tasks), (first_seen - start) / len(tasks), token_ids,
+                    category=task.category, accepted=histogram(lengths),
+                )
+            )  # fmt: skip
+        return rows
 
     def reset(self) -> None:
         """transformers keeps nothing between calls."""
@@ -154,6 +174,24 @@ class _StreamClock:
 
     def end(self) -> None:
         """Nothing to flush."""
+
+
+def _left_padded(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask [B, L], the prompts flush right."""
+    longest = max(len(prompt) for prompt in prompts)
+    pads = torch.tensor([longest - len(prompt) for prompt in prompts])
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    return ids.to(device), (torch.arange(longest) >= pads[:, None]).long().to(device)
+
+
+def _eos_token_ids(model: Any) -> set[int]:
+    eos = model.generation_config.eos_token_id
+    return set(eos) if isinstance(eos, list) else {eos}
+
+
+def _until(token_ids: list[int], eos: set[int]) -> list[int]:
+    """Up to the first end of sequence, itself included: what follows pads a batch."""
+    return token_ids[: next((place for place, token in enumerate(token_ids, 1) if token in eos), len(token_ids))]
 
 
 def _sampling_options(params: specdec.SamplingParams) -> dict[str, Any]:
@@ -185,25 +223,34 @@ def make_runners(
     budgets: list[int | str],
     share_prefill: bool = False,
     drafter: Any = None,
+    batch: int = 1,
 ) -> list[Runner]:
     """One runner a peer and for "none", one a budget for every other method; their engines may share each prompt's prefill.
 
     Args:
         drafter: for the methods of DRAFTER_METHODS, "auto" and "assisted": a model, "early_exit:8" or "mtp".
+        batch: most prompts of a run.
 
     Raises:
-        ValueError: a name that is neither a method nor a peer; a drafter missing.
+        ValueError: a name that is neither a method nor a peer; a drafter or a package missing; a peer that takes no batch.
     """
     runners: list[Runner] = []
     memory: PrefixMemory | None = {} if share_prefill else None
     for method in methods:
+        if batch > 1 and method in ONE_AT_A_TIME:
+            raise ValueError(
+                f"methods has {method!r}, which transformers runs one prompt at a time; fix: leave it out, or --batch 1"
+            )
+        if method in ARCTIC and (reason := missing_arctic()):
+            raise ValueError(f"methods has {method!r}: {reason}")
         if method in PEERS:
             runners.append(PeerRunner(model, method, drafter))
-        elif method in specdec.METHODS or method in specdec.DRAFTER_METHODS:
+        elif method in specdec.METHODS or method in specdec.DRAFTER_METHODS or method in ARCTIC:
             each = budgets[:1] if method == BASELINE else budgets
             own = drafter if method in specdec.DRAFTER_METHODS or method == "auto" else None
-            runners.extend(EngineRunner(model, tokenizer, method, budget, memory, own) for budget in each)
+            rows = max(batch, MAX_ROWS)
+            runners.extend(EngineRunner(model, tokenizer, method, budget, memory, own, rows) for budget in each)
         else:
-            names = [*specdec.METHODS, *specdec.DRAFTER_METHODS, *PEERS]
+            names = [*specdec.METHODS, *specdec.DRAFTER_METHODS, *ARCTIC, *PEERS]
             raise ValueError(f"methods must be among {', '.join(names)}, got {method!r}")
     return runners

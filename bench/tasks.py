@@ -1,7 +1,13 @@
-"""The prompts that figures are stated on: `mix.json`, two disjoint splits of 54 prompts in 9 groups.
+"""The prompts of a benchmark: the splits of `mix.json`, whole sets by name, a user's own file, or random words.
 
-One user turn through the model's chat template with the generation prompt, cut to the last 1,500 tokens. A third split, `random`,
-is text that nothing can predict. Example row of mix.json, and the task it becomes::
+* report, tune: two disjoint splits of 54 prompts in 9 groups, named by mix.json; figures are stated on them.
+* spec-bench, humaneval, gsm8k, math500, humanevalfix, long-qmsum: every row of a set (bench.task_sets).
+* a file.jsonl: one prompt a line, {"id", "group", "prompt"} or {"id", "group", "messages"}; id and group may be left out.
+* random: text that nothing can predict.
+
+A prompt is one user turn through the model's chat template with the generation prompt, cut to the last 1,500 tokens; the long
+contexts and a user's own are cut to the model's window alone. The second turn of an MT-Bench question `follows` the first: its
+prompt holds the first turn's answer. Example row of mix.json, and the task it becomes::
 
     {"group": "gsm8k", "file": "gsm8k/test.jsonl", "id": 261}    ->    Task("gsm8k/261", "gsm8k", "Charlie wants to ...")
 """
@@ -10,23 +16,27 @@ from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEFAULT_DATA", "SPLITS", "Task", "encode", "load_tasks", "random_tasks"]
+from .task_sets import SETS, TaskSet, rows_of
+
+__all__ = ["DEFAULT_DATA", "NAMES", "Message", "Task", "encode", "load_tasks", "random_tasks"]
 
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-SPLITS = ("report", "tune", "random")
+SPLITS = ("report", "tune")
+NAMES = (*SPLITS, "random", *SETS)
 MAX_PROMPT_TOKENS = 1500
-ID_FIELDS = {"spec-bench": "question_id", "humaneval": "task_id", "humanevalfix": "task_id"}  # gsm8k: the line number
 WORDS = (
     "amber quartz lantern velvet orbit cactus mirror tundra pickle saddle copper ribbon walrus magnet thistle gravel anchor "
     "biscuit comet dagger ember fossil glacier hammer iguana jungle kettle ladder meadow nectar otter pepper quiver raven sponge"
 ).split()
+
+Message = dict[str, str]  # {"role", "content"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +46,31 @@ class Task:
     id: str  # unique, "group/id"
     group: str
     text: str  # the user's turn
+    category: str = ""  # finer than the group; "": the group is all there is
+    before: tuple[Message, ...] = ()  # the messages of the conversation until then
+    follows: str = ""  # id of the task whose prompt and answer come before; "": none
+    whole: bool = False  # cut to the model's window alone
 
 
-def load_tasks(data: Path, split: str, limit: int | None = None, groups: Iterable[str] = ()) -> list[Task]:
-    """Tasks of one split, in the order of mix.json.
+def load_tasks(data: Path, name: str, limit: int | None = None, groups: Iterable[str] = ()) -> list[Task]:
+    """Tasks by name, in the order of their file.
 
     Args:
-        data: folder with mix.json (unused by the split "random").
-        split: "report", "tune" or "random".
-        limit: keep so many, spread over the groups: a multiple of their number keeps them balanced.
+        data: folder with mix.json and the sets (unused by "random" and by a user's own file).
+        name: one of NAMES, or the path of a .jsonl file.
+        limit: keep so many, spread over the groups: a multiple of their number keeps them balanced. A second turn is not
+            counted and stays with its first.
         groups: keep these groups only; empty is all.
 
     Raises:
-        ValueError: unknown split or group, or a folder without mix.json.
+        ValueError: unknown name or group, limit < 1, a folder without the data, a malformed file of the user.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    tasks = random_tasks() if split == "random" else _mix(data, split)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    tasks = _named(data, name)
     wanted, there = set(groups), {task.group for task in tasks}
     if unknown := wanted - there:
-        raise ValueError(f"split {split} has no group {', '.join(sorted(unknown))}; it has {', '.join(sorted(there))}")
+        raise ValueError(f"tasks {name} have no group {', '.join(sorted(unknown))}; they have {', '.join(sorted(there))}")
     tasks = [task for task in tasks if not wanted or task.group in wanted]
     return tasks if limit is None else _spread(tasks, limit)
 
@@ -66,46 +81,129 @@ def random_tasks(count: int = 12, words: int = 60, seed: int = 0) -> list[Task]:
     return [Task(f"random-words/{i}", "random-words", " ".join(rng.choices(WORDS, k=words))) for i in range(count)]
 
 
-def encode(tokenizer: Any, task: Task) -> list[int]:
-    """The prompt's token ids: chat template with the generation prompt, last 1,500 tokens."""
-    messages = [{"role": "user", "content": task.text}]
+def encode(tokenizer: Any, task: Task, before: Sequence[Message] = (), window: int | None = None) -> list[int]:
+    """The prompt's token ids: chat template with the generation prompt, the last tokens that fit.
+
+    Args:
+        before: messages that come first, for a task that follows another; the task's own are used without.
+        window: most tokens of a prompt that the model takes; None is no bound.
+    """
+    messages = [*(before or task.before), {"role": "user", "content": task.text}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])[-MAX_PROMPT_TOKENS:]
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    bounds = [bound for bound in (window, None if task.whole else MAX_PROMPT_TOKENS) if bound is not None]
+    return ids[-min(bounds) :] if bounds else ids
+
+
+def _named(data: Path, name: str) -> list[Task]:
+    if name in SPLITS:
+        return _mix(data, name)
+    if name in SETS:
+        return _set(data, name, SETS[name])
+    if name == "random":
+        return random_tasks()
+    if name.endswith(".jsonl"):
+        return _own(Path(name))
+    raise ValueError(f"tasks must be one of {', '.join(NAMES)}, or a file of yours that ends in .jsonl, got {name!r}")
+
+
+# ---- mix.json and whole sets -----------------------------------------------------------------------------------------------
 
 
 def _mix(data: Path, split: str) -> list[Task]:
-    path = data / "mix.json"
-    if not path.is_file():
-        raise ValueError(f"data must be a folder with mix.json, got {data}; name one with --data, or use the split random")
-    mix = json.loads(path.read_text(encoding="utf-8"))
-    files = {row["file"]: _rows(data / row["file"]) for row in mix[split]}
-    return [
-        Task(f"{row['group']}/{row['id']}", row["group"], _fill(_template(mix["templates"], row), files[row["file"]][row["id"]]))
-        for row in mix[split]
-    ]
+    mix = json.loads(_text(data, "mix.json", split))
+    sets = {each.file: each for each in SETS.values()}
+    if unknown := {entry["file"] for entry in mix[split]} - set(sets):
+        raise ValueError(f"mix.json may name {', '.join(sets)}; it names {', '.join(sorted(unknown))}")
+    files = {entry["file"]: _by_key(data, split, sets[entry["file"]]) for entry in mix[split]}
+    tasks = []
+    for entry in mix[split]:
+        row, group = files[entry["file"]][entry["id"]], entry["group"]
+        category = sets[entry["file"]].category_of(row, group)
+        tasks.append(Task(f"{group}/{entry['id']}", group, _template(mix["templates"], entry).format(**row), category))
+    return tasks
 
 
-def _rows(path: Path) -> dict[Any, dict[str, Any]]:
-    """The rows of a .jsonl file by the id that mix.json uses."""
-    field = ID_FIELDS.get(path.parent.name)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    return {row[field] if field else number: row for number, row in enumerate(rows)}
+def _text(data: Path, file: str, name: str) -> str:
+    """A file of the data folder."""
+    if not (path := data / file).is_file():
+        raise ValueError(f"data must be a folder with {file} for the tasks {name}, got {data}; fix: --data, or the tasks random")
+    return path.read_text(encoding="utf-8")
 
 
-def _template(templates: dict[str, str], row: dict[str, Any]) -> str:
+def _by_key(data: Path, name: str, task_set: TaskSet) -> dict[Any, dict[str, Any]]:
+    return {task_set.key(number, row): row for number, row in enumerate(rows_of(_text(data, task_set.file, name)))}
+
+
+def _template(templates: dict[str, str], entry: dict[str, Any]) -> str:
     """By group, else by the folder of the file: code-edit and humanevalfix differ in name."""
-    return templates.get(row["group"]) or templates[Path(row["file"]).parent.name]
+    return templates.get(entry["group"]) or templates[Path(entry["file"]).parent.name]
 
 
-def _fill(template: str, row: dict[str, Any]) -> str:
-    return template.format(**row)
+def _set(data: Path, name: str, task_set: TaskSet) -> list[Task]:
+    """Every row of a set, each turn a task."""
+    tasks = []
+    for key, row in _by_key(data, name, task_set).items():
+        group = task_set.group_of(row, name)
+        ids = [f"{group}/{key}{suffix}" for suffix in ("", "/turn-2")]
+        for turn, text in enumerate(task_set.turns(row)):
+            follows = ids[0] if turn else ""
+            tasks.append(Task(ids[turn], group, text, task_set.category_of(row, group), follows=follows, whole=task_set.whole))
+    return tasks
+
+
+# ---- a user's own file -----------------------------------------------------------------------------------------------------
+
+
+def _own(path: Path) -> list[Task]:
+    if not path.is_file():
+        raise ValueError(f"tasks must be one of {', '.join(NAMES)}, or a .jsonl file that is there, got {str(path)!r}")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    tasks = [_own_task(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not tasks:
+        raise ValueError(f'{path} holds no prompt; fix: one {{"prompt": "..."}} a line')
+    if repeated := [name for name, count in Counter(task.id for task in tasks).items() if count > 1]:
+        raise ValueError(
+            f"{path} has the id {repeated[0].split('/', 1)[1]!r} more than once in a group; fix: ids of their own, or none"
+        )
+    return tasks
+
+
+def _own_task(path: Path, number: int, line: str) -> Task:
+    where = f"{path}, line {number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error})") from error
+    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+        raise ValueError(f'{where} must be an object with either "prompt" or "messages", got {line:.80}')
+    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    if not _is_conversation(messages):
+        raise ValueError(
+            f'{where}: a prompt is text, messages are [{{"role", "content"}}, ...] of text that end with the user\'s'
+        )
+    group = str(row.get("group", path.stem))
+    text, before = messages[-1]["content"], tuple(messages[:-1])
+    return Task(f"{group}/{row.get('id', number)}", group, text, str(row.get("category", "")), before, whole=True)
+
+
+def _is_conversation(messages: Any) -> bool:
+    shaped = isinstance(messages, list) and all(
+        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in messages
+    )
+    return shaped and bool(messages) and messages[-1]["role"] == "user"
+
+
+# ---- a part of them --------------------------------------------------------------------------------------------------------
 
 
 def _spread(tasks: list[Task], limit: int) -> list[Task]:
-    """`limit` of the tasks, taken from each group in turn; their order stays."""
+    """`limit` of the tasks, taken from each group in turn, and what follows them; their order stays."""
     by_group: dict[str, list[Task]] = defaultdict(list)
     for task in tasks:
-        by_group[task.group].append(task)
+        if not task.follows:
+            by_group[task.group].append(task)
     in_turn = [task for task in chain.from_iterable(zip_longest(*by_group.values())) if task is not None]
     kept = {task.id for task in in_turn[:limit]}
-    return [task for task in tasks if task.id in kept]
+    return [task for task in tasks if task.id in kept or task.follows in kept]

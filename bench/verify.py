@@ -28,10 +28,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from bench.runners import PrefixEngine
-from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks
 from specdec import METHODS, Engine, SamplingParams, models
 from specdec.draft_tree import DraftTree
+
+from .runners import PrefixEngine
+from .tasks import DEFAULT_DATA, Task, encode, load_tasks
 
 __all__ = ["gaps", "main", "reference"]
 

@@ -1,4 +1,4 @@
-"""specdec generate | chat | info: the engine from a shell. Text goes to stdout, everything else to stderr."""
+"""specdec generate | chat | bench | info: the engine from a shell. Text goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -132,6 +135,15 @@ def info(
             _print_facts("engine", engine.info())
 
 
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def bench(context: typer.Context) -> None:
+    """Compare methods and peers on the same prompts; `specdec bench --help` lists the options."""
+    with _clean_errors():
+        command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        command.command()(_bench_main())
+        command(args=context.args, prog_name="specdec bench")
+
+
 def main() -> None:
     """Entry point of the `specdec` command."""
     app()
@@ -161,6 +173,16 @@ def _engine(model: str | None, dtype: str, method: str, budget: str, drafter: st
         _quiet_transformers()
         loaded, tokenizer = specdec.load(model, dtype)
         return specdec.Engine(loaded, tokenizer, method=method, budget=nodes, drafter=drafter, compile=compile)
+
+
+def _bench_main() -> Callable[..., None]:
+    """The benchmark's own command: specdec.bench where specdec is installed, the folder bench/ in a checkout."""
+    name = "specdec.bench" if find_spec("specdec.bench") else "bench"
+    beside = Path(specdec.__file__).parents[1] / "bench" / "run.py"
+    if name == "bench" and not beside.is_file():
+        raise ImportError("specdec bench needs the package specdec.bench; fix: pip install --force-reinstall --no-deps specdec")
+    run: Callable[..., None] = import_module(f"{name}.run").main
+    return run
 
 
 def _budget(text: str) -> int | str:

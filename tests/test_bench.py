@@ -1,4 +1,4 @@
-"""The benchmark's ruler: prompts, sums, ratios, resuming, and one run from end to end."""
+"""The benchmark's ruler: sums, ratios, rounds, resuming, batches, and one run from end to end."""
 
 from __future__ import annotations
 
@@ -8,95 +8,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 import specdec
 from bench import metrics, report
+from bench.log import Log
 from bench.metrics import Row
 from bench.model_attention import make_forwards, measure
-from bench.run import Log, pending, run_all
+from bench.run import WARM_UP, batches, main, pending, run_all
 from bench.runners import PEERS, EngineRunner, PeerRunner, make_runners
-from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks, random_tasks
+from bench.tasks import Task, encode
 from conftest import make_tiny_llama
 from specdec.attention import compiled_op
 from specdec.target import TargetModel
 
-MIX = {
-    "templates": {"spec-bench": "{turns[0]}", "code-edit": "Fix:\n{declaration}{buggy_solution}", "gsm8k": "{question}"},
-    "report": [
-        {"group": "qa", "file": "spec-bench/question.jsonl", "id": 7},
-        {"group": "qa", "file": "spec-bench/question.jsonl", "id": 8},
-        {"group": "code-edit", "file": "humanevalfix/humanevalpack_python.jsonl", "id": "Python/0"},
-        {"group": "gsm8k", "file": "gsm8k/test.jsonl", "id": 1},
-    ],
-    "tune": [],
-}
-FILES = {
-    "spec-bench/question.jsonl": [{"question_id": 7, "turns": ["who?", "why?"]}, {"question_id": 8, "turns": ["when?\u2028now"]}],
-    "humanevalfix/humanevalpack_python.jsonl": [
-        {"task_id": "Python/0", "declaration": "def f():\n", "buggy_solution": "    return {1}"},
-    ],
-    "gsm8k/test.jsonl": [{"question": "1 + 1"}, {"question": "2 + 2"}],
-}
-
-
-@pytest.fixture
-def data(tmp_path):
-    for name, rows in FILES.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    (tmp_path / "mix.json").write_text(json.dumps(MIX))
-    return tmp_path
-
 
 def row(task: str, method: str, tokens: int, seconds: float, steps: int = 1, group: str = "g", ids=(1,)) -> Row:
     return Row(task, group, method, tokens, steps, seconds, 0.0, list(ids))
-
-
-# ---- tasks -----------------------------------------------------------------------------------------------------------------
-
-
-def test_tasks_follow_mix_json(data):
-    tasks = load_tasks(data, "report")
-    assert [(task.id, task.text) for task in tasks] == [
-        ("qa/7", "who?"),
-        ("qa/8", "when?\u2028now"),
-        ("code-edit/Python/0", "Fix:\ndef f():\n    return {1}"),
-        ("gsm8k/1", "2 + 2"),
-    ]
-    one_of_each_group = ["qa/7", "code-edit/Python/0", "gsm8k/1"]
-    assert [task.id for task in load_tasks(data, "report", limit=3)] == one_of_each_group
-    assert [task.id for task in load_tasks(data, "report", groups=["qa"])] == ["qa/7", "qa/8"]
-
-
-def test_tasks_errors(data):
-    with pytest.raises(ValueError, match="split must be one of report, tune, random, got 'test'"):
-        load_tasks(data, "test")
-    with pytest.raises(ValueError, match="has no group law; it has code-edit, gsm8k, qa"):
-        load_tasks(data, "report", groups=["law"])
-    with pytest.raises(ValueError, match="--data"):
-        load_tasks(data / "absent", "report")
-
-
-def test_random_tasks_are_fixed():
-    assert random_tasks() == random_tasks()
-    assert len({task.text for task in random_tasks()}) == len(random_tasks())
-
-
-def test_encode_keeps_the_last_tokens(tiny_tokenizer):
-    assert tiny_tokenizer.decode(encode(tiny_tokenizer, Task("t", "g", "hello"))) == "<user>hello<assistant>"
-    long = encode(tiny_tokenizer, Task("t", "g", "x" * 3000))
-    assert len(long) == 1500 and tiny_tokenizer.decode(long).endswith("x<assistant>")
-
-
-@pytest.mark.skipif(not (DEFAULT_DATA / "mix.json").is_file(), reason="needs ../shared/data")
-def test_the_real_mix():
-    report_tasks, tune_tasks = load_tasks(DEFAULT_DATA, "report"), load_tasks(DEFAULT_DATA, "tune")
-    assert len(report_tasks) == len(tune_tasks) == 54
-    assert not {task.id for task in report_tasks} & {task.id for task in tune_tasks}
-    assert len({task.group for task in load_tasks(DEFAULT_DATA, "report", limit=9)}) == 9
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------------
@@ -105,7 +35,28 @@ def test_the_real_mix():
 def test_sums_not_means():
     rows = [row("a", "m", 10, 1.0, steps=5), row("b", "m", 30, 2.0, steps=5)]
     assert metrics.speed(rows) == pytest.approx(40 / 3)
+    assert metrics.mean_speed(rows) == pytest.approx(12.5), "and the mean beside"
     assert metrics.tokens_per_step(rows) == pytest.approx(4.0)
+
+
+def test_histogram():
+    assert metrics.histogram([1, 1, 3]) == [0, 2, 0, 1]
+    assert metrics.histogram([]) == []
+
+
+def test_rounds_are_medians():
+    """Of each prompt, before anything is summed; a slow spell in one round leaves no trace."""
+    rounds = [replace(row("a", "m", 10, seconds), round=i, times={"draft": seconds}) for i, seconds in enumerate([9.0, 1.0, 1.2])]
+    other = row("b", "m", 10, 5.0)
+    first, second = metrics.medians([*rounds, other])
+    assert first == replace(rounds[0], decode_seconds=1.2, times={"draft": 1.2}) and second == other
+    shorter = replace(row("a", "m", 5, 1.0), round=1, times={"draft": 1.0})
+    assert metrics.medians([rounds[0], shorter, shorter])[0].decode_seconds == pytest.approx(2.0), "seconds a token count"
+
+
+def test_categories_are_groups_of_their_own():
+    rows = [replace(row(name, "m", 1, 1.0), category=name) for name in ("x", "y")] + [row("z", "m", 1, 1.0, group="h")]
+    assert metrics.groups_of(metrics.by_category(rows)) == ["g/x", "g/y", "h", "all"]
 
 
 def test_ratio_uses_common_prompts_and_covers_the_value():
@@ -114,12 +65,13 @@ def test_ratio_uses_common_prompts_and_covers_the_value():
     ratio = metrics.speed_ratio(mine, base)
     assert ratio.value == pytest.approx(40 / sum(1.0 + 0.01 * i for i in range(20)))
     assert ratio.low < ratio.value < ratio.high
+    assert ratio.mean == pytest.approx(sum(2.0 / (1.0 + 0.01 * i) for i in range(20)) / 20)
     assert ratio == metrics.speed_ratio(mine, base), "the bootstrap has its own seed"
 
 
 def test_ratio_of_a_method_with_itself_is_exactly_one():
     rows = [row(str(i), "m", 50 + i, 1.0 + i) for i in range(5)]
-    assert metrics.speed_ratio(rows, rows) == metrics.Ratio(1.0, 1.0, 1.0)
+    assert metrics.speed_ratio(rows, rows) == metrics.Ratio(1.0, 1.0, 1.0, 1.0)
 
 
 def test_ratio_without_common_prompts():
@@ -140,8 +92,31 @@ def test_summary_is_json_and_leaves_prefill_out_of_host_time():
     result = json.loads(json.dumps(report.summary(rows, ["auto@8", "model.generate"]), allow_nan=False))
     assert result["methods"]["auto@8"]["host_ms_per_step"] == pytest.approx(2.0)
     assert result["methods"]["model.generate"]["host_ms_per_step"] is None
-    assert result["ratios"] == {"auto@8/model.generate": {"value": 2.0, "low": 2.0, "high": 2.0}}
+    assert result["ratios"] == {"auto@8/model.generate": {"value": 2.0, "low": 2.0, "high": 2.0, "mean": 2.0}}
     assert result["methods"]["auto@8"]["same_output"] == 1.0
+
+
+def test_tables_keep_their_names_and_show_categories():
+    """Four baselines side by side: no label and no column is cut; a group's categories have a table of their own."""
+    names = [*report.BASELINES, "token_recycling_published@auto"]
+    rows = [
+        replace(row(f"t{i}", name, 10, 1.0 + i, group="mt-bench"), category=category)
+        for name in names
+        for i, category in enumerate(["writing", "stem"])
+    ]
+    text = _printed(rows, names)
+    assert "…" not in text
+    assert all(line.rstrip()[-1] in "│┃┓┩┘" for line in text.splitlines() if line[0] in "│┃┏┡└"), "the last column has its edge"
+    assert max(map(len, map(str.rstrip, text.splitlines()))) < report.WIDTH
+    assert all(name in text for name in names)
+    assert "speed / model.generate by category" in text and "mt-bench/writing" in text
+    assert "by category" not in _printed([replace(each, category="") for each in rows], names)
+
+
+def _printed(rows: list[Row], labels: list[str]) -> str:
+    console = Console(width=report.WIDTH, record=True, file=io.StringIO())
+    report.print_tables(rows, labels, console)
+    return console.export_text()
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------------
@@ -152,12 +127,14 @@ class FakeRunner:
 
     def __init__(self, label: str, fail_at: int | None = None) -> None:
         self.label, self.fail_at, self.calls, self.resets = label, fail_at, 0, 0
+        self.prompts: list[tuple[int, ...]] = []
 
-    def run(self, task, prompt, params) -> Row:
+    def run(self, tasks, prompts, params) -> list[Row]:
         self.calls += 1
         if self.calls == self.fail_at:
             raise RuntimeError("the machine is on fire")
-        return row(task.id, self.label, self.calls, 1.0)
+        self.prompts += map(tuple, prompts)
+        return [row(task.id, self.label, self.calls, 1.0, ids=(ord(self.label),)) for task in tasks]
 
     def reset(self) -> None:
         self.resets += 1
@@ -167,9 +144,10 @@ TASKS = [Task(f"t{i}", "g", f"text {i}") for i in range(4)]
 SETTINGS = {"mode": "cold"}
 
 
-def run_fakes(path, tokenizer, runners, warm=False):
+def run_fakes(path, tokenizer, runners, warm=False, rounds=1, batch=1, tasks=TASKS):
     log = Log(path, SETTINGS)
-    run_all(TASKS, runners, tokenizer, specdec.SamplingParams(), log, warm, Console(file=io.StringIO()))
+    quiet = Console(file=io.StringIO())
+    run_all(tasks, runners, tokenizer, specdec.SamplingParams(), log, warm, quiet, rounds, batch)
     return log
 
 
@@ -182,28 +160,77 @@ def test_cold_run_resumes_where_it_stopped(tmp_path, tiny_tokenizer):
     assert 4 <= len(kept) < 8
     again = [FakeRunner("a"), FakeRunner("b")]
     log = run_fakes(path, tiny_tokenizer, again)
-    assert log.rows[: len(kept)] == kept
+    assert log.rows[: len(kept)] == kept == Log(path, SETTINGS).rows[: len(kept)]
     assert sorted((r.task, r.method) for r in log.rows) == sorted((t.id, m) for t in TASKS for m in "ab")
     assert sum(runner.calls - 1 for runner in again) == 8 - len(kept), "one warm-up each, then only what was missing"
 
 
-def test_warm_run_never_resets_and_does_not_resume(tmp_path, tiny_tokenizer):
+def test_warm_run_resumes_by_round(tmp_path, tiny_tokenizer):
+    """Finished rounds are kept, a half one is run again: what its engine knew is gone."""
     path = tmp_path / "run.jsonl"
     with pytest.raises(RuntimeError):
-        run_fakes(path, tiny_tokenizer, [FakeRunner("a", fail_at=3)], warm=True)
-    with pytest.raises(ValueError, match="warm run cannot be resumed"):
-        run_fakes(path, tiny_tokenizer, [FakeRunner("a")], warm=True)
-    fresh = FakeRunner("a")
-    run_fakes(None, tiny_tokenizer, [fresh], warm=True)
-    assert fresh.resets == 1, "only what the warm-up taught is forgotten"
+        run_fakes(path, tiny_tokenizer, [FakeRunner("a", fail_at=1 + 4 + 3)], warm=True, rounds=3)
+    kept = Log(path, SETTINGS).rows
+    assert [r.round for r in kept] == [0] * 4 + [1] * 2
+    again = FakeRunner("a")
+    rows = run_fakes(path, tiny_tokenizer, [again], warm=True, rounds=3).rows
+    assert rows[:4] == kept[:4]
+    assert [(r.round, r.task) for r in rows] == [(number, task.id) for number in range(3) for task in TASKS]
+    assert rows == Log(path, SETTINGS).rows
+    assert again.calls == 1 + 8
+
+
+def test_rounds_start_from_nothing(tiny_tokenizer):
+    """Warm: forgotten after the warm-up and before every further round, and at no other time. Cold: before every prompt too."""
+    warm, cold = FakeRunner("a"), FakeRunner("b")
+    run_fakes(None, tiny_tokenizer, [warm], warm=True, rounds=3)
+    run_fakes(None, tiny_tokenizer, [cold], rounds=3)
+    assert warm.resets == 3
+    assert cold.resets >= 1 + 3 * len(TASKS)
+
+
+def test_a_line_cut_by_a_kill_is_dropped(tmp_path, tiny_tokenizer):
+    path = tmp_path / "run.jsonl"
+    rows = run_fakes(path, tiny_tokenizer, [FakeRunner("a")]).rows
+    path.write_text(path.read_text()[:-5])
+    assert Log(path, SETTINGS).rows == rows[:-1]
+    path.write_text("not a log\n")
+    with pytest.raises(ValueError, match=r"run.jsonl was not written by bench.run"):
+        Log(path, SETTINGS)
+
+
+def test_batches_keep_a_turn_and_the_next_apart():
+    tasks = [Task("a", "g", ""), Task("a2", "g", "", follows="a"), Task("b", "g", ""), Task("c", "g", "")]
+    assert [[task.id for task in batch] for batch in batches(tasks, 2)] == [["a", "b"], ["c"], ["a2"]]
+    assert [[task.id for task in batch] for batch in batches(tasks, 1)] == [["a"], ["a2"], ["b"], ["c"]]
+
+
+def test_every_method_continues_the_same_conversation(tmp_path, tiny_tokenizer):
+    """The second turn's prompt holds the first answer measured: one prompt for all methods, rounds, and after a resume."""
+    path = tmp_path / "run.jsonl"
+    tasks = [Task("a", "g", "who?"), Task("a2", "g", "why?", follows="a")]
+    runners = [FakeRunner("X"), FakeRunner("Y")]
+    rows = run_fakes(path, tiny_tokenizer, runners, rounds=2, tasks=tasks).rows
+    late = FakeRunner("Z")
+    run_fakes(path, tiny_tokenizer, [late], tasks=tasks)
+    answer = tiny_tokenizer.decode(rows[0].token_ids)
+    expected = f"<user>who?<assistant>{answer}<user>why?<assistant>"
+    for runner in (*runners, late):
+        seconds = [tiny_tokenizer.decode(prompt) for prompt in runner.prompts if len(prompt) > len("<user>who?<assistant>")]
+        assert seconds[1:] == [expected] * (len(runner.prompts) // 2), "the first is the warm-up"
+
+
+def test_the_warm_up_is_not_measured(tiny_tokenizer):
+    with pytest.raises(ValueError, match="prompt of the warm-up"):
+        run_fakes(None, tiny_tokenizer, [FakeRunner("a")], tasks=[Task("t", "g", WARM_UP.text)])
 
 
 def test_order_of_methods_is_shuffled_and_fixed():
     runners = [FakeRunner(name) for name in "abcd"]
-    tasks = [Task(str(i), "g", "") for i in range(10)]
-    orders = [[[r.label for r in order] for _, order in pending(tasks, runners, Log(None, {}), warm=False)] for _ in range(2)]
+    parts = [[Task(str(i), "g", "")] for i in range(10)]
+    orders = [[[r.label for r in order] for _, _, order in pending(parts, runners, Log(None, {}), rounds=2)] for _ in range(2)]
     assert orders[0] == orders[1]
-    assert len({tuple(order) for order in orders[0]}) > 3
+    assert len({tuple(order) for order in orders[0]}) > 6
 
 
 def test_log_refuses_other_settings(tmp_path):
@@ -228,25 +255,48 @@ def test_one_ruler(tiny_llama, tiny_tokenizer, peer):
     """Both kinds of runner report the same tokens; a peer's timed tokens leave out what its prefill emitted."""
     params, task = specdec.SamplingParams(max_new_tokens=24), Task("t", "g", "abcabcabcabc")
     prompt = encode(tiny_tokenizer, task)
-    theirs = PeerRunner(tiny_llama, peer, make_tiny_llama(num_hidden_layers=1)).run(task, prompt, params)
-    ours = EngineRunner(tiny_llama, tiny_tokenizer, "ngram", 8).run(task, prompt, params)
+    (theirs,) = PeerRunner(tiny_llama, peer, make_tiny_llama(num_hidden_layers=1)).run([task], [prompt], params)
+    (ours,) = EngineRunner(tiny_llama, tiny_tokenizer, "ngram", 8).run([task], [prompt], params)
     assert theirs.token_ids == ours.token_ids and len(ours.token_ids) == 24
     assert ours.tokens == 24
     assert 0 < theirs.tokens < 24
     assert theirs.steps == 23 or peer in ("prompt_lookup", "assisted")
     assert min(theirs.decode_seconds, theirs.prefill_seconds, ours.decode_seconds, ours.prefill_seconds) > 0
+    for each in (theirs, ours):
+        assert sum(each.accepted) == each.steps
+        assert sum(length * count for length, count in enumerate(each.accepted)) == each.tokens
+
+
+def test_batches_give_each_prompt_its_row(tiny_llama, tiny_tokenizer):
+    """The texts of one at a time; the batch's seconds in equal shares; a text that ends early ends with its EOS."""
+    params = specdec.SamplingParams(max_new_tokens=24)
+    tasks = [Task(name, "g", text, "c") for name, text in (("a", "abcabc"), ("b", "a longer prompt"), ("c", "xyz"))]
+    prompts = [encode(tiny_tokenizer, task) for task in tasks]
+    alone = [PeerRunner(tiny_llama, "model.generate").run([task], [prompt], params)[0] for task, prompt in zip(tasks, prompts)]
+    tiny_llama.generation_config.eos_token_id = alone[0].token_ids[5]
+    runners = make_runners(tiny_llama, tiny_tokenizer, ["model.generate", "none", "ngram"], [8], batch=3)
+    for runner in runners:
+        rows = runner.run(tasks, prompts, params)
+        assert [(row.task, row.category) for row in rows] == [("a", "c"), ("b", "c"), ("c", "c")]
+        for row, expected in zip(rows, alone):
+            ends = [i for i, token in enumerate(expected.token_ids, 1) if token == alone[0].token_ids[5]]
+            assert row.token_ids == expected.token_ids[: (ends or [24])[0]]
+            assert row.tokens == len(row.token_ids) - (runner.label == "model.generate")
+        assert len({(row.decode_seconds, row.prefill_seconds) for row in rows}) == 1
+        assert min(rows[0].decode_seconds, rows[0].prefill_seconds) > 0
+    assert len(rows[0].token_ids) < 24, "it does end early"
+    with pytest.raises(ValueError, match="'prompt_lookup', which transformers runs one prompt at a time; fix: .*--batch 1"):
+        make_runners(tiny_llama, tiny_tokenizer, ["prompt_lookup"], [8], batch=2)
 
 
 def test_command_line(tiny_folder, tmp_path):
     """One run from end to end: tables, rows on disk, one JSON object as the last line."""
-    import typer
-
-    from bench.run import main
-
     app = typer.Typer()
     app.command()(main)
     out = tmp_path / "results" / "run.jsonl"
-    arguments = "--split random --methods none,ngram,model.generate --budget 4,8 --mode cold --limit 2 --max-new-tokens 6 "
+    arguments = (
+        "--tasks random --methods none,ngram,model.generate --budget 4,8 --mode cold --limit 2 --rounds 2 --max-new-tokens 6 "
+    )
     arguments += f"--dtype float32 --model {tiny_folder} --out {out}"
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -254,11 +304,28 @@ def test_command_line(tiny_folder, tmp_path):
     assert list(last["methods"]) == ["none", "ngram@4", "ngram@8", "model.generate"]
     assert all(method["same_output"] == 1.0 for method in last["methods"].values())
     assert last["settings"]["threads"] == torch.get_num_threads()
-    assert len(out.read_text().splitlines()) == 1 + 2 * 4
+    assert len(out.read_text().splitlines()) == 1 + 1 + 2 * 2 * 4, "settings, costs, rows"
+    assert last["rounds"] == 2 and "commit" in last["settings"] and last["methods"]["none"]["accepted"][1] == 12
     again = CliRunner().invoke(app, arguments)
     assert json.loads(again.stdout.splitlines()[-1]) == last, "all rows were there: nothing ran again"
     wrong = CliRunner().invoke(app, ["--mode", "tepid", "--model", tiny_folder])
     assert wrong.exit_code == 2 and "mode must be cold or warm" in wrong.stderr
+    tight = CliRunner().invoke(app, ["--tasks", "random", "--max-new-tokens", "2048", "--model", tiny_folder])
+    assert tight.exit_code == 2 and "max_new_tokens must be below the model's window of 2048" in tight.stderr
+
+
+def test_a_missing_peer_is_named_and_skipped(tiny_folder, monkeypatch):
+    import bench.run
+
+    monkeypatch.setattr(bench.run, "missing_arctic", lambda: "no arctic-inference (extra: peers)")
+    app = typer.Typer()
+    app.command()(bench.run.main)
+    options = f"--tasks random --limit 1 --max-new-tokens 3 --dtype float32 --model {tiny_folder}".split()
+    result = CliRunner().invoke(app, ["--methods", "suffix_arctic,none", *options])
+    assert result.exit_code == 0 and "skipped: suffix_arctic, no arctic-inference (extra: peers)" in result.stderr
+    assert list(json.loads(result.stdout.splitlines()[-1])["methods"]) == ["none"]
+    alone = CliRunner().invoke(app, ["--methods", "suffix_arctic", *options])
+    assert alone.exit_code == 2 and "no arctic-inference" in alone.stderr
 
 
 @pytest.mark.skipif(compiled_op() is None, reason="specdec._C is not built")

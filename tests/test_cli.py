@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -130,3 +131,22 @@ def test_without_numba_extension_and_cache(tiny_folder):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert process.stdout == run(*arguments).stdout
+
+
+def test_bench_passes_its_options_on(tiny_folder):
+    """The benchmark's own help, table and JSON line under `specdec bench`; its errors are one line too."""
+    shown = run("bench", "--help")
+    assert shown.exit_code == 0 and "specdec bench" in shown.stdout and "--rounds" in shown.stdout
+    options = ["--tasks", "random", "--limit", "1", "--max-new-tokens", "3", "--dtype", "float32", "--model", tiny_folder]
+    result = run("bench", "--methods", "none,ngram", *options)
+    assert result.exit_code == 0, result.output
+    assert list(json.loads(result.stdout.splitlines()[-1])["methods"]) == ["none", "ngram@auto"]
+    wrong = run("bench", "--methods", "magic", *options)
+    assert wrong.exit_code == 2 and "methods must be among" in wrong.stderr
+
+
+def test_bench_without_its_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.specdec, "__file__", str(tmp_path / "specdec" / "__init__.py"))
+    result = run("bench")
+    assert result.exit_code == 2 and "specdec bench needs the package specdec.bench; fix: pip install" in result.stderr
