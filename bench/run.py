@@ -186,7 +186,8 @@ def main(
     methods: Annotated[
         str,
         typer.Option(
-            help="methods of specdec, model.generate, prompt_lookup, assisted, suffix_arctic and suffix_arctic_tree, separated by commas"
+            help="methods of specdec, suffix_arctic and suffix_arctic_tree, each also with +compile; model.generate, prompt_lookup and "
+            "assisted; separated by commas"
         ),
     ] = "none,auto,model.generate,prompt_lookup",
     drafter: Annotated[str | None, typer.Option(help="a folder or hub name, early_exit:8 or mtp")] = None,

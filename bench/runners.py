@@ -29,6 +29,7 @@ __all__ = ["PEERS", "EngineRunner", "PeerRunner", "PrefixEngine", "Runner", "mak
 PEERS: dict[str, dict[str, Any]] = {"model.generate": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}, "assisted": {}}
 ONE_AT_A_TIME = ("prompt_lookup", "assisted")  # transformers refuses batches there
 BASELINE = "none"
+COMPILED = "+compile"  # after a method's name: its engine has compile=True
 MAX_ROWS = 8
 PrefixMemory = dict[tuple[int, ...], tuple[list[torch.Tensor], list[tuple[int, TopK]]]]
 
@@ -90,9 +91,10 @@ class EngineRunner:
         drafter: Any = None,
         max_rows: int = MAX_ROWS,
     ) -> None:
-        self.label = method if method == BASELINE else f"{method}@{budget}"
-        builder = ArcticSuffix(ARCTIC[method]) if method in ARCTIC else method
-        options = {"method": builder, "budget": budget, "drafter": drafter, "max_rows": max_rows}
+        name = method.removesuffix(COMPILED)
+        self.label = method if name == BASELINE else f"{method}@{budget}"
+        builder = ArcticSuffix(ARCTIC[name]) if name in ARCTIC else name
+        options = {"method": builder, "budget": budget, "drafter": drafter, "max_rows": max_rows, "compile": name != method}
         self.engine = (
             specdec.Engine(model, tokenizer, **options)
             if memory is None
@@ -241,16 +243,19 @@ def make_runners(
             raise ValueError(
                 f"methods has {method!r}, which transformers runs one prompt at a time; fix: leave it out, or --batch 1"
             )
-        if method in ARCTIC and (reason := missing_arctic()):
+        name = method.removesuffix(COMPILED)
+        if name in ARCTIC and (reason := missing_arctic()):
             raise ValueError(f"methods has {method!r}: {reason}")
         if method in PEERS:
             runners.append(PeerRunner(model, method, drafter))
-        elif method in specdec.METHODS or method in specdec.DRAFTER_METHODS or method in ARCTIC:
-            each = budgets[:1] if method == BASELINE else budgets
-            own = drafter if method in specdec.DRAFTER_METHODS or method == "auto" else None
+        elif name in {*specdec.METHODS, *specdec.DRAFTER_METHODS, *ARCTIC}:
+            each = budgets[:1] if name == BASELINE else budgets
+            own = drafter if name in specdec.DRAFTER_METHODS or name == "auto" else None
             rows = max(batch, MAX_ROWS)
             runners.extend(EngineRunner(model, tokenizer, method, budget, memory, own, rows) for budget in each)
         else:
             names = [*specdec.METHODS, *specdec.DRAFTER_METHODS, *ARCTIC, *PEERS]
-            raise ValueError(f"methods must be among {', '.join(names)}, got {method!r}")
+            raise ValueError(
+                f'methods must be among {", ".join(names)}, all but the last {len(PEERS)} also with "+compile", got {method!r}'
+            )
     return runners

@@ -337,3 +337,13 @@ def test_ways_of_attention_compute_the_same(tiny_llama):
         torch.testing.assert_close(logits[way], logits["op"], rtol=1e-4, atol=1e-4)
     for ms in measure(target, 40, 9, repeats=2).values():
         assert 0 < ms["attention_ms"] < ms["step_ms"]
+
+
+def test_compile_after_a_methods_name_compiles_its_engine(monkeypatch: pytest.MonkeyPatch, tiny_llama: Any) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr("bench.runners.specdec.Engine", lambda model, tokenizer, **options: made.append(options))
+    runners = make_runners(tiny_llama, None, ["none", "none+compile", "auto+compile"], ["auto", 8])
+    assert [runner.label for runner in runners] == ["none", "none+compile", "auto+compile@auto", "auto+compile@8"]
+    assert [(options["method"], options["compile"]) for options in made] == [
+        ("none", False), ("none", True), ("auto", True), ("auto", True),
+    ]  # fmt: skip
