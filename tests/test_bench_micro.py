@@ -72,7 +72,9 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, run in enumerate((first, second, third), 1):
         (tmp_path / f"machine/000{number}_x.json").write_text(json.dumps(run))
     main(["--folder", str(tmp_path)])
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shown = capsys.readouterr()
+    assert "bench_x[64-1]" in shown.err
+    said = json.loads(shown.out.splitlines()[-1])
     assert said == {"run": "0003_x.json", "cases": 4, "steep": {"x, budget": 2.0}, "slower": {"bench_x[64-1]": 3.0}}
     main(["--folder", str(tmp_path), "--against", "0001"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["slower"] == {"bench_x[64-1]": 3.0, "bench_x[8-1]": 2.0}

@@ -1,4 +1,4 @@
-"""Tree attention on the CPU, contender by contender, a group a case: `make bench-micro ARGS="--grid=whole -k 'SmolLM2 and P256-N8-'"`.
+"""Tree attention on the CPU, contender by contender, a group a case: `make bench-micro ARGS="--grid=whole -k P256-N8-"`.
 
 The contenders are those of bench/attention.py, which times them in turns and adds the machine's bounds; here each has its own
 statistics, which are saved and compared with those of the run before.

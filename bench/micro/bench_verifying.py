@@ -66,7 +66,7 @@ def bench_match(benchmark: BenchmarkFixture, temperature: float, budget: int, vo
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "match"])
 @over("budget", "vocabulary")
 def bench_rules(benchmark: BenchmarkFixture, rule: str, budget: int, vocabulary: int) -> None:
-    """A rule that knows q rejects one draft and accepts another at every node of a path of half of the nodes; block has no siblings."""
+    """A rule that knows q rejects a draft and accepts another at each node of a path of half of the nodes; block takes a chain."""
     tree = DraftTree.chain(range(budget)) if rule == "block" else ladder(budget)
     law = torch.softmax(torch.randn(vocabulary), 0).numpy() / 5
     probs = np.tile(law, (budget, 1))

@@ -93,7 +93,7 @@ def longest_path(tree: DraftTree) -> list[int]:
 
 
 def ladder(nodes: int, **fields: Any) -> DraftTree:
-    """A spine with a leaf beside each of its nodes, the leaf drafted first: node 2 i carries 2 i and hangs, as 2 i - 1, on 2 i - 2."""
+    """A spine with a leaf beside each of its nodes, drafted before it: nodes 2 i - 1 and 2 i hang on 2 i - 2; tokens 0, 1, ..."""
     parents = (np.arange(nodes) - 1) // 2 * 2
     parents[0] = NO_PARENT
     return DraftTree(np.arange(nodes), parents, **fields)

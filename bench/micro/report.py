@@ -2,7 +2,8 @@
 
 Two tables. How the time of each piece grows along each axis, as the exponent e of time ~ axis^e between the last two values: a
 piece of which e passes 1 does not scale. And which cases became slower or faster than in the newest earlier run that has them
-(or in --against). The least time of a case counts: other load on the machine only adds to it. The last stdout line is one JSON object.
+(or in --against). The least time of a case counts: other load on the machine only adds to it. The last stdout line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.micro.cases import AXES
@@ -100,7 +102,9 @@ def show_changes(found: list[Change], threshold: float) -> None:
     for change in found:
         if not 1 / threshold <= change.ratio <= threshold:
             mark = "red" if change.ratio > 1 else "green"
-            table.add_row(change.name, f"{1e6 * change.before:.4g}", f"{1e6 * change.now:.4g}", f"{change.ratio:.2f}", style=mark)
+            table.add_row(
+                escape(change.name), f"{1e6 * change.before:.4g}", f"{1e6 * change.now:.4g}", f"{change.ratio:.2f}", style=mark
+            )
     if table.row_count:
         console.print(table)
     console.print(f"{table.row_count} of {len(found)} cases changed by more than a factor of {threshold:g}")
