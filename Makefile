@@ -76,10 +76,13 @@ peers: $(STAMP)
 	$(PY) -m pip install --quiet nanobind==2.9.2 "cmake>=3.18"
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install --no-deps --no-build-isolation "arctic-inference>=0.3"
 
-## make bench-micro   micro-benchmarks; saves the run in .benchmarks and compares it with the last (ARGS="-k 'SmolLM2 and P256-'")
+## make bench-micro   micro-benchmarks: saved in .benchmarks, their growth, and what changed since the last run (ARGS="-k growth",
+##                 "--grid=whole": an hour; BASELINE=0003: compare with that run; FAIL=min:30%: fail where a case is slower by more)
+bench-micro: OLD = $(wildcard .benchmarks/*/*.json)
 bench-micro: $(STAMP)
-	$(PY) -m pytest -c bench/micro/pytest.ini bench/micro --benchmark-autosave \
-		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare) $(ARGS)
+	$(PY) -m pytest -c bench/micro/pytest.ini bench/micro --benchmark-autosave --benchmark-quiet \
+		$(if $(OLD),--benchmark-compare$(if $(BASELINE),=$(BASELINE)) $(if $(FAIL),--benchmark-compare-fail=$(FAIL))) $(ARGS); \
+	status=$$?; $(PY) -m bench.micro.report $(if $(BASELINE),--against $(BASELINE)) && exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -27,11 +27,11 @@ def stop_string_check(tokenizer: Any, stop_strings: Seq[str]) -> Callable[[Seque
     longest = max(len(stop) for stop in stop_strings)
 
     def completed(seq: Sequence) -> bool:
-        output = seq.output_ids
         window = longest + _SLACK
         while True:
-            text = tokenizer.decode(output[-window:], skip_special_tokens=True)
-            if window >= len(output) or len(text) >= longest + _SLACK:
+            first = max(seq.prompt_len, len(seq.token_ids) - window)  # not output_ids, a copy of the whole output
+            text = tokenizer.decode(seq.token_ids[first:], skip_special_tokens=True)
+            if window >= seq.output_length or len(text) >= longest + _SLACK:
                 return any(stop in text for stop in stop_strings)
             window *= 2
 

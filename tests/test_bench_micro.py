@@ -1,44 +1,82 @@
-"""The micro-benchmarks of bench/micro run, one round of the smallest cases, and their groups compare the contenders."""
+"""The micro-benchmarks of bench/micro run, once in their smallest cases, and their report names what grows and what slowed."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("pytest_benchmark")
 
+from bench.micro.cases import AXES, MIDDLE, in_grid
+from bench.micro.report import changes, curves, main
 from specdec.attention import compiled_op
 
 ROOT = Path(__file__).parent.parent
-MICRO = ROOT / "bench/micro"
+ONCE = ("--benchmark-min-rounds=1", "--benchmark-max-time=0", "--benchmark-min-time=0", "--benchmark-calibration-precision=1")
+PIECES = {
+    "commit", "context_table_update", "depths", "detokenizer", "gumbel", "linear", "mask_packing", "match", "match_lookup",
+    "match_update", "matrix_lookup", "matrix_update", "rules", "stop_strings", "top_k", "tree_growth", "tree_update",
+}  # fmt: skip
 
 
-def run_micro(*arguments: str) -> str:
-    """Output of a run of `make bench-micro` that saves nothing."""
-    command = [sys.executable, "-m", "pytest", "-c", str(MICRO / "pytest.ini"), str(MICRO), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_every_piece(tmp_path: Path) -> None:
+    """What `make bench-micro` runs, the least case of each piece; every benchmark checks its own result."""
+    saved = tmp_path / "run.json"
+    command = [sys.executable, "-m", "pytest", "-c", "bench/micro/pytest.ini", "bench/micro", "--grid=least", *ONCE]
+    done = subprocess.run([*command, f"--benchmark-json={saved}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    run = json.loads(saved.read_text())
+    contenders = {case["params"].get("contender") for case in run["benchmarks"] if case["name"].startswith("bench_attention")}
+    assert contenders == ({"op", "expanded", "grouped", "reference"} if compiled_op() else set())
+    pieces = {case["name"].split("[")[0].removeprefix("bench_") for case in run["benchmarks"]}
+    assert pieces - {"attention"} == PIECES
+    assert [change.ratio for change in changes(run, [run])] == [1.0] * len(run["benchmarks"])
 
 
-@pytest.mark.skipif(compiled_op() is None, reason="specdec._C is not built")
-def test_attention(tmp_path: Path) -> None:
-    report = tmp_path / "run.json"
-    once = ("--benchmark-min-rounds=1", "--benchmark-max-time=0", "--benchmark-min-time=0", "--benchmark-calibration-precision=1")
-    run_micro("-k", "SmolLM2 and P256-N8-", *once, f"--benchmark-json={report}", f"--benchmark-storage={tmp_path}")
-    groups = defaultdict(set)
-    for result in json.loads(report.read_text())["benchmarks"]:
-        groups[result["group"]].add(result["params"]["contender"])
-    assert set(groups) == {"SmolLM2-135M-bfloat16-P256-N8", "SmolLM2-135M-float32-P256-N8"}
-    assert all(names == {"op", "expanded", "grouped", "reference"} for names in groups.values())
+def test_grids() -> None:
+    middle = {"budget": MIDDLE["budget"], "batch": MIDDLE["batch"], "rule": "kseq"}
+    assert in_grid("cross", middle)
+    assert in_grid("cross", middle | {"budget": 256})
+    assert not in_grid("cross", middle | {"budget": 256, "batch": 8})
+    assert in_grid("whole", middle | {"budget": 256, "batch": 8})
+    assert in_grid("least", {"budget": 8, "batch": 1})
+    assert not in_grid("least", middle)
+    assert all(MIDDLE[axis] in values for axis, values in AXES.items())
 
 
-def test_drafting(tmp_path: Path) -> None:
-    smallest = "not attention and (context512 or vocabulary32000 or packing) and not batch8 and not budget64 and not budget256"
-    printed = run_micro("-k", smallest, "--benchmark-disable", f"--benchmark-storage={tmp_path}")
-    assert " 11 passed" in printed  # lookup 2, update 1, growth 4, packing 1, acceptance 2, commit 1
+def run_of(times: dict[tuple[int, int], float]) -> dict[str, Any]:
+    """A saved run of one piece: (budget, batch) -> seconds."""
+    return {
+        "benchmarks": [
+            {"name": f"bench_x[{budget}-{batch}]", "params": {"budget": budget, "batch": batch}, "stats": {"min": seconds}}
+            for (budget, batch), seconds in times.items()
+        ]
+    }
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run_of({(8, 1): 1.0, (64, 1): 1.0})
+    second = run_of({(8, 1): 2.0})  # a part of the cases: the newest time of each counts
+    third = run_of({(256, 1): 48.0, (8, 1): 2.0, (64, 1): 3.0, (64, 8): 3.0})
+    assert [(curve.axis, round(curve.exponent, 6)) for curve in curves(third)] == [("budget", 2.0), ("batch", 0.0)]
+    assert [(change.name, change.ratio) for change in changes(third, [first, second])] == [
+        ("bench_x[64-1]", 3.0),
+        ("bench_x[8-1]", 1.0),
+    ]
+    (tmp_path / "machine").mkdir()
+    for number, run in enumerate((first, second, third), 1):
+        (tmp_path / f"machine/000{number}_x.json").write_text(json.dumps(run))
+    main(["--folder", str(tmp_path)])
+    shown = capsys.readouterr()
+    assert "bench_x[64-1]" in shown.err
+    said = json.loads(shown.out.splitlines()[-1])
+    assert said == {"run": "0003_x.json", "cases": 4, "steep": {"x, budget": 2.0}, "slower": {"bench_x[64-1]": 3.0}}
+    main(["--folder", str(tmp_path), "--against", "0001"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["slower"] == {"bench_x[64-1]": 3.0, "bench_x[8-1]": 2.0}
+    with pytest.raises(SystemExit):
+        main(["--folder", str(tmp_path), "--against", "0007"])

@@ -132,8 +132,11 @@ def test_cut_at_stop(text: str, stops: list[str], expected: str) -> None:
 class Output:
     """As much of a Sequence as the check reads."""
 
+    prompt_len = 3
+
     def __init__(self, output_ids: list[int]) -> None:
-        self.output_ids = output_ids
+        self.token_ids = [0] * self.prompt_len + output_ids
+        self.output_length = len(output_ids)
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Tree attention on the CPU, contender by contender, a group a case: `make bench-micro ARGS="-k 'SmolLM2 and P256- and N8-'"`.
+"""Tree attention on the CPU, contender by contender, a group a case: `make bench-micro ARGS="--grid=whole -k P256-N8-"`.
 
 The contenders are those of bench/attention.py, which times them in turns and adds the machine's bounds; here each has its own
 statistics, which are saved and compared with those of the run before.
@@ -9,18 +9,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.attention import CONTENDERS, REFERENCE_WORK, SHAPES, make_contenders, products
+from bench.attention import CONTENDERS, REFERENCE_WORK, make_contenders, products
+from bench.micro.cases import AXES, timed
 from specdec.attention import compiled_op
-
-DTYPES = ("bfloat16", "float32")
-PREFIXES = (256, 1024, 4096, 8192, 32768)
-NODES = (1, 8, 16, 32, 64)
 
 
 class Case(NamedTuple):
@@ -39,17 +36,25 @@ class Case(NamedTuple):
 
 
 @lru_cache(maxsize=1)  # the contenders of a case come one after another and share its tensors
-def calls(case: Case) -> dict[str, Callable[[], object]]:
+def calls(case: Case) -> dict[str, Callable[[], Any]]:
     return make_contenders(case.model, getattr(torch, case.dtype), case.prefix, case.nodes)
 
 
-CASES = [Case(*values) for values in itertools.product(SHAPES, DTYPES, PREFIXES, NODES)]
+CASES = [Case(*values) for values in itertools.product(*(AXES[axis] for axis in Case._fields))]
+
+
+def attended(output: Any) -> torch.Tensor:
+    """[B, N, H, D] float32 of any contender: the op and the reference return (output, log-sum-exp), torch [B, H, N, D]."""
+    return (output[0] if isinstance(output, tuple) else output.transpose(1, 2)).float()
 
 
 @pytest.mark.skipif(compiled_op() is None, reason="specdec._C is not built: pip install --no-build-isolation .")
 @pytest.mark.parametrize(
-    ("case", "contender"), [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in case.names()]
+    (*Case._fields, "contender"), [pytest.param(*case, name, id=f"{case}-{name}") for case in CASES for name in case.names()]
 )
-def bench_attention(benchmark: BenchmarkFixture, case: Case, contender: str) -> None:
+def bench_attention(benchmark: BenchmarkFixture, model: str, dtype: str, prefix: int, nodes: int, contender: str) -> None:
+    case = Case(model, dtype, prefix, nodes)
     benchmark.group = str(case)
-    benchmark(calls(case)[contender])
+    contenders = calls(case)
+    found = attended(timed(benchmark, contenders[contender]))
+    assert torch.allclose(found, attended(contenders["op"]()), atol=0.02)

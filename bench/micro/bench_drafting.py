@@ -1,151 +1,142 @@
-"""The engine's own work in a step, piece by piece: `make bench-micro ARGS="-k 'growth and goose and budget64-'"`.
+"""Where drafts come from: matches in the text, tables, trees; `make bench-micro ARGS="-k 'growth and goose'"`.
 
-The text is a walk along a Markov chain (bench/host_time.py), so that matches, trees and tables are as full as on real text;
 bench/host_time.py times the same work as the parts of whole steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.host_time import VOCAB, ScriptedLogits
-from specdec.attention import TreeBatch
+from bench.host_time import VOCAB
+from bench.micro.cases import ROUNDS, TOP_K, candidates, longest_path, make_sequence, over, timed
 from specdec.draft_tree import DraftTree, TopK, Verdict
-from specdec.kv_cache import KVCache, LayerShape
 from specdec.methods import make_builder
-from specdec.pacing import two_chains
-from specdec.randomness import Randomness
-from specdec.sampling import Law
-from specdec.sequence import SamplingParams, Sequence
+from specdec.sequence import Sequence
 from specdec.sources.base import ChainSource
+from specdec.sources.context_table import ContextTable
 from specdec.sources.ngram import NgramSource
 from specdec.sources.suffix_automaton import SuffixSource
-from specdec.sources.token_recycling import AdjacencyTable
-from specdec.verify.match import match
+from specdec.sources.token_recycling import BIGRAM, AdjacencyTable
+from specdec.trees.base import TreeBuilder
+from specdec.trees.evidence import TAIL
 
-BUDGETS = (8, 64, 256)
-BATCHES = (1, 8)
-CONTEXTS = (512, 8192, 32768)
-VOCABULARIES = (32000, 151936)
-TOP_K = 8
-CPU = torch.device("cpu")
+EMITTED = 4  # tokens of a step
+SOURCES: dict[str, Callable[[], ChainSource]] = {"ngram": NgramSource, "suffix": SuffixSource}
+METHODS = pytest.mark.parametrize("method", ["suffix", "token_recycling", "goose", "best_first"])
 
 
-def over(name: str, values: Seq[object]) -> pytest.MarkDecorator:
-    """Parametrise with ids that -k can name: budget8, context512."""
-    return pytest.mark.parametrize(name, values, ids=[f"{name}{value}" for value in values])
-
-
-@lru_cache(maxsize=1)
-def script() -> ScriptedLogits:
-    return ScriptedLogits(max(BUDGETS), branches=16)
-
-
-def timed(benchmark: BenchmarkFixture, call: Callable[..., Any], *args: Any) -> Any:
-    """The call's result; its first run, which may compile, is not timed."""
-    call(*args)
-    return benchmark(call, *args)
-
-
-def make_sequence(row: int, context: int, **params: Any) -> Sequence:
-    params = {"max_new_tokens": 1 << 20} | params
-    return Sequence(row, script().text(context, seed=row), SamplingParams(**params), Randomness(0, (row,)))
-
-
-def candidates(tokens: list[int], k: int) -> TopK:
-    """The k tokens that the scripted model expects after each token."""
-    probs = np.tile(np.linspace(0.3, 0.01, k, dtype=np.float32), (len(tokens), 1))
-    return TopK(script().successors[tokens, :k].astype(np.int32), probs)
-
-
-@over("context", CONTEXTS)
-@pytest.mark.parametrize("source", [NgramSource, SuffixSource])
-def bench_match_lookup(benchmark: BenchmarkFixture, source: Callable[[], ChainSource], context: int) -> None:
+@pytest.mark.parametrize("source", SOURCES)
+@over("context")
+def bench_match_lookup(benchmark: BenchmarkFixture, source: str, context: int) -> None:
     """The chain after the longest match of the text's end."""
-    benchmark.group = f"match lookup, context {context}"
-    drafts, seq = source(), make_sequence(0, context)
+    drafts, seq = SOURCES[source](), make_sequence(0, context)
     drafts.start(seq)
-    timed(benchmark, drafts.chain, seq, 16)
+    chain = timed(benchmark, drafts.chain, seq, 16)
+    match = seq.token_ids[-chain.match_length :]
+    recurred = [*match, *chain.tokens[:1].tolist()]
+    assert len(chain) > 0
+    assert any(seq.token_ids[i : i + len(recurred)] == recurred for i in range(context))
 
 
-@over("vocabulary", VOCABULARIES)
-@over("budget", BUDGETS)
+@pytest.mark.parametrize("source", SOURCES)
+@over("context")
+def bench_match_update(benchmark: BenchmarkFixture, source: str, context: int) -> None:
+    """The tokens of one step enter the index; the text grows from round to round, as it does while a model writes."""
+    drafts, seq = SOURCES[source](), make_sequence(0, context)
+    rest = make_sequence(0, context + EMITTED * (ROUNDS + 8)).token_ids[context:]
+    drafts.start(seq)
+
+    def append() -> tuple[tuple[Sequence, list[int]], dict[str, Any]]:
+        done = len(seq.token_ids) - context
+        emitted = rest[done : done + EMITTED]
+        seq.token_ids.extend(emitted)
+        return (seq, emitted), {}
+
+    benchmark.pedantic(drafts.update, setup=append, rounds=ROUNDS, warmup_rounds=1)
+    whole = SOURCES[source]()
+    whole.start(seq)
+    assert drafts.chain(seq, 16).tokens.tolist() == whole.chain(seq, 16).tokens.tolist()
+
+
+def observations(rows: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray, TopK]:
+    """Random (token before, token, what the model expects after it), [rows] each."""
+    rng = np.random.default_rng(0)
+    prev, tokens = rng.integers(0, vocabulary, (2, rows))
+    return prev, tokens, TopK(rng.integers(0, vocabulary, (rows, TOP_K), np.int32), rng.random((rows, TOP_K), np.float32))
+
+
+@over("budget", "vocabulary")
 def bench_matrix_update(benchmark: BenchmarkFixture, budget: int, vocabulary: int) -> None:
     """The candidates of every node of a tree go into the table."""
-    benchmark.group = f"matrix update, budget {budget}"
-    table, rng = AdjacencyTable(vocabulary, TOP_K), np.random.default_rng(0)
-    prev, tokens = rng.integers(0, vocabulary, (2, budget))
-    top = TopK(rng.integers(0, vocabulary, (budget, TOP_K), np.int32), rng.random((budget, TOP_K), np.float32))
+    table, (prev, tokens, top) = AdjacencyTable(vocabulary, TOP_K), observations(budget, vocabulary)
     timed(benchmark, table.observe, prev, tokens, top)
+    assert table.lookup(prev[-1], tokens[-1]).tokens.tolist() == top.tokens[-1].tolist()
 
 
-@over("context", CONTEXTS)
-@over("batch", BATCHES)
-@over("budget", BUDGETS)
-@pytest.mark.parametrize("method", ["suffix", "token_recycling", "goose", "best_first"])
-def bench_tree_growth(benchmark: BenchmarkFixture, method: str, budget: int, batch: int, context: int) -> None:
-    """One tree a row, by a builder that has seen the prompts."""
-    benchmark.group = f"tree growth, budget {budget}, batch {batch}, context {context}"
+@over("vocabulary")
+def bench_matrix_lookup(benchmark: BenchmarkFixture, vocabulary: int) -> None:
+    """What a table that was filled from a long text knows about one pair; builders ask inside of their own kernels."""
+    table, (prev, tokens, top) = AdjacencyTable(vocabulary, TOP_K), observations(1 << 16, vocabulary)
+    table.observe(prev, tokens, top)
+    found = timed(benchmark, table.lookup, int(prev[-1]), int(tokens[-1]))
+    assert found.tier == BIGRAM
+    assert found.tokens.tolist() == top.tokens[-1].tolist()
+
+
+@over("budget")
+def bench_context_table_update(benchmark: BenchmarkFixture, budget: int) -> None:
+    """The same for best_first's table, which keeps what the model expects after the last one, two and three tokens."""
+    table, (_, _, top) = ContextTable(TOP_K), observations(budget, VOCAB)
+    tails = np.random.default_rng(0).integers(0, VOCAB, (budget, TAIL), np.int32)
+    timed(benchmark, table.observe_nodes, tails, np.array([0], np.int32), top)
+    assert len(table) == 3 * budget
+
+
+def prompted(method: str, batch: int, context: int) -> tuple[TreeBuilder, list[Sequence]]:
+    """A builder that has seen the prompts of a batch."""
     builder = make_builder(method, VOCAB, None)
     seqs = [make_sequence(row, context) for row in range(batch)]
     for seq in seqs:
         builder.start(seq)
         if builder.top_k:
             builder.observe_prompt(seq, 0, candidates(seq.token_ids, builder.top_k))
+    return builder, seqs
+
+
+@METHODS
+@over("budget", "batch", "context")
+def bench_tree_growth(benchmark: BenchmarkFixture, method: str, budget: int, batch: int, context: int) -> None:
+    """One tree a row."""
+    builder, seqs = prompted(method, batch, context)
     trees = timed(benchmark, builder.build, seqs, [budget] * batch, [budget] * batch)
+    assert [tree.tokens[0] for tree in trees] == [seq.token_ids[-1] for seq in seqs]
+    assert all(1 < len(tree) <= budget for tree in trees)
+    assert method == "suffix" or len(trees[0]) > budget // 2  # best_first leaves out what is hopeless
     benchmark.extra_info["nodes"] = float(np.mean([len(tree) for tree in trees]))
 
 
-@over("batch", BATCHES)
-@over("budget", BUDGETS)
-def bench_mask_packing(benchmark: BenchmarkFixture, budget: int, batch: int) -> None:
-    """The attention op's view of a batch of trees."""
-    benchmark.group = f"mask packing, budget {budget}"
-    trees = [two_chains(budget) for _ in range(batch)]
-    timed(benchmark, lambda: TreeBatch([512] * batch, trees, [budget] * batch, CPU).packed())
+@METHODS
+@over("budget", "context")
+def bench_tree_update(benchmark: BenchmarkFixture, method: str, budget: int, context: int) -> None:
+    """What a builder learns from one step, of which the longest path was accepted."""
+    builder, (seq,) = prompted(method, 1, context)
+    learned = []
 
+    def step() -> tuple[tuple[Sequence, DraftTree, Verdict, TopK | None], dict[str, Any]]:
+        (tree,) = builder.build([seq], [budget], [EMITTED - 1])
+        path = longest_path(tree)
+        token = int(candidates(tree.tokens[path[-1:]], 1).tokens[0, 0])
+        seq.append([*tree.tokens[path[1:]].tolist(), token])
+        learned.append(len(path))
+        top = candidates(tree.tokens, builder.top_k) if builder.top_k else None
+        return (seq, tree, Verdict(np.array(path, np.int32), token), top), {}
 
-def longest_path(tree: DraftTree) -> list[int]:
-    return tree.path(int(tree.depths.argmax()))
-
-
-@over("vocabulary", VOCABULARIES)
-@over("budget", BUDGETS)
-@over("temperature", [0.0, 1.0])
-def bench_acceptance(benchmark: BenchmarkFixture, temperature: float, budget: int, vocabulary: int) -> None:
-    """The walk down a path of half of the tree's nodes; the logits are at hand."""
-    benchmark.group = f"acceptance, budget {budget}, vocabulary {vocabulary}"
-    tree, logits, seq = two_chains(budget), torch.randn(budget, vocabulary), make_sequence(0, 512, temperature=temperature)
-    path = longest_path(tree)
-    logits[path[:-1], tree.tokens[path[1:]]] = 50.0
-
-    def accept() -> Verdict:
-        return match(tree, Law(logits, tree, seq), seq.randomness)
-
-    assert timed(benchmark, accept).nodes.tolist() == path
-
-
-@over("context", CONTEXTS)
-@over("batch", BATCHES)
-@over("budget", BUDGETS)
-def bench_commit(benchmark: BenchmarkFixture, budget: int, batch: int, context: int) -> None:
-    """The K/V of a path of half of the nodes moves to the end of each row's prefix: 4 layers of Qwen2.5-1.5B's shape."""
-    benchmark.group = f"KV commit, budget {budget}, batch {batch}"
-    layers = [LayerShape(2, 128, 2, 128, torch.bfloat16, CPU)] * 4
-    cache = KVCache(layers, batch, context + budget)
-    path = longest_path(two_chains(budget))
-
-    def commit() -> None:
-        for row in range(batch):
-            cache.lengths[row] = context
-            cache.commit(row, path)
-
-    timed(benchmark, commit)
+    benchmark.pedantic(builder.update, setup=step, rounds=ROUNDS, warmup_rounds=1)
+    assert len(seq.token_ids) == context + sum(learned)
+    (tree,) = builder.build([seq], [budget], [EMITTED - 1])
+    assert tree.tokens[0] == seq.token_ids[-1]

@@ -8,7 +8,23 @@ from typing import Any
 import pytest
 import torch
 
+from bench.micro.cases import GRIDS, in_grid
 from specdec.linear import instruction_set
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--grid",
+        choices=GRIDS,
+        default="cross",
+        help="cases: the least of each axis, one axis at a time (minutes), or all (an hour)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = [item for item in items if in_grid(config.getoption("--grid"), item.callspec.params)]  # type: ignore[attr-defined]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

@@ -27,14 +27,15 @@ def block(tree: DraftTree, law: Law, randomness: Randomness) -> Verdict:
         ValueError: the tree is no chain; see legality.check for the rest.
     """
     step = Step("block", tree, law, randomness)
-    reach, tests, last = 1.0, [], 0  # in a chain a node is its depth
-    while last + 1 < len(tree) and reach > 0 and not step.is_last(last):
+    reaches, keeps, last = [1.0], [], 0  # in a chain a node is its depth
+    while last + 1 < len(tree) and reaches[last] > 0 and not step.is_last(last):
         p, token = step.target(last), tree.tokens[last + 1]
         q = step.proposal(last + 1)
-        tests.append(keep_or_rest(reach, p, q))
-        reach = min(1.0, reach * p[token] / q[token])
+        keeps.append(keep_or_rest(reaches[last], p, q).keep)
+        reaches.append(min(1.0, reaches[last] * p[token] / q[token]))
         last += 1
-    if step.coin(reach, last):
+    if step.coin(reaches[last], last):
         return step.verdict(last)
-    depth = next(depth for depth in range(last - 1, -1, -1) if step.coin(tests[depth].keep, depth))  # the root's keep is 1
-    return step.verdict(depth, tests[depth].rest)
+    depth = next(depth for depth in range(last - 1, -1, -1) if step.coin(keeps[depth], depth))  # the root's keep is 1
+    rest = keep_or_rest(reaches[depth], step.target(depth), step.proposal(depth + 1)).rest  # anew: not kept, V numbers a depth
+    return step.verdict(depth, rest)
