@@ -27,7 +27,7 @@ __all__ = ["BASELINES", "WIDTH", "host_ms_per_step", "print_tables", "summary"]
 
 BASELINES = ("model.generate", "none", "none+compile", "prompt_lookup", "assisted")
 NOT_HOST = ("forward", "prefill")
-WIDTH = 170  # of the totals with every baseline; rich cuts what does not fit
+WIDTH = 190  # of the totals with every baseline; rich cuts what does not fit
 COLUMNS = 5  # methods in one table of categories
 
 
