@@ -63,6 +63,7 @@ class Record:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.vocab_size = vocab_size
         self.k = min(k, vocab_size)
+        self.model = ""  # whose answers these are; "": nobody's yet
         self._children: dict[int, int] = {}  # parent << 32 | token -> entry
         self._size = 1
         self._allocate(1024)
@@ -136,7 +137,7 @@ class Record:
         np.savez_compressed(
             part, keys=keys, entries=entries, next=self.next[: self._size], tokens=self.tokens[: self._size],
             logits=self.logits[: self._size], eos=np.array(sorted(self.eos_token_ids), np.int64),
-            numbers=np.array([self.max_new_tokens, self.vocab_size, self.k]),
+            numbers=np.array([self.max_new_tokens, self.vocab_size, self.k]), model=np.array(self.model),
             tasks=np.array([prompt.task for prompt in self.prompts]), groups=np.array([prompt.group for prompt in self.prompts]),
             lengths=np.array([len(prompt.token_ids) for prompt in self.prompts]),
             prompts=np.array([token for prompt in self.prompts for token in prompt.token_ids], np.int64),
@@ -155,6 +156,7 @@ class Record:
         ]
         max_new_tokens, vocab_size, k = arrays["numbers"].tolist()
         record = cls(prompts, max_new_tokens, arrays["eos"].tolist(), vocab_size, k)
+        record.model = str(arrays["model"])
         record._children = dict(zip(arrays["keys"].tolist(), arrays["entries"].tolist()))
         record._size = len(arrays["next"])
         record.next, record.tokens, record.logits = arrays["next"], arrays["tokens"], arrays["logits"]
@@ -177,14 +179,24 @@ class Recorder:
     The K/V of every prompt asked about is kept, so that a later replay can go on anywhere in its text.
 
     Raises:
-        ValueError: the model's positions depend on the length of the text; UnsupportedModelError as TargetModel.
+        ValueError: the record holds another model's answers, or the model's positions depend on the length of the text.
+        UnsupportedModelError: as TargetModel.
     """
 
     def __init__(self, model: Any, record: Record) -> None:
         self.record = record
+        self._model = model  # kept alive: the target only refers to it
         self.target = TargetModel(model)
         if self.target.rope.kind is not None:
-            raise ValueError(f"{self.target.name} has {self.target.rope.kind} RoPE, whose answers depend on how they are asked for")
+            raise ValueError(
+                f"{self.target.name} has {self.target.rope.kind} RoPE, whose answers depend on how they are asked for"
+            )
+        name = f"{self.target.name} {Path(model.config._name_or_path).name} {self.target.dtype}"
+        if record.model not in ("", name):
+            raise ValueError(
+                f"the record holds answers of {record.model}, the model is {name}; fix: --model, --dtype or a new --record"
+            )
+        record.model = name
         self.forwards = 0  # of trees
         self._caches: dict[tuple[int, ...], KVCache] = {}
 

@@ -7,7 +7,7 @@ the model" holds from the second replay on: the first asks the model for what no
     python -m bench.simulate --record tune.npz --methods ngram,suffix --budget 8,16    # seconds; nothing is asked
 
 A replay that needs an answer which is not recorded stops; with `--skip` rejected nodes that are not recorded teach nothing, which
-is near the truth where `misses` (nodes without an answer, of all nodes) are few. In float32 and float64 the figures are the engine's
+is near the truth where `misses` (answers that were not there) are few. In float32 and float64 the figures are the engine's
 exactly, up to ties within rounding; in bfloat16 the engine's own text depends on the shapes of its trees, and so do the answers.
 The last stdout line is one JSON object.
 """
@@ -17,17 +17,17 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-import specdec
 from bench.record import UNKNOWN, Prompt, Record, Recorder
 from bench.tasks import DEFAULT_DATA, encode, load_tasks
 from specdec.cost_model import CostModel
@@ -35,7 +35,6 @@ from specdec.draft_tree import DraftTree, Verdict
 from specdec.engine import Engine, warm_up
 from specdec.methods import make_builder
 from specdec.models import load
-from specdec.pacing import MAX_NODES
 from specdec.randomness import Randomness
 from specdec.sequence import SamplingParams, Sequence
 from specdec.target import PREFILL_CHUNK
@@ -185,7 +184,7 @@ def summary(replays: list[Replayed], costs: CostModel | None = None) -> dict[str
         "steps": steps,
         "tokens_a_step": tokens / max(1, steps),
         "nodes_a_step": nodes / max(1, steps),
-        "misses": sum(replay.misses for replay in replays) / max(1, nodes),
+        "misses": sum(replay.misses for replay in replays),
         "host_ms": 1e3 * host / max(1, steps),
     }
     if costs is not None:
@@ -229,11 +228,20 @@ def engine_lengths(engine: Engine, record: Record, cold: bool) -> list[list[int]
     return lengths
 
 
-def _combinations(methods: str, budgets: str, modes: str) -> Iterator[tuple[str, int | str, str]]:
-    for method, budget, mode in itertools.product(methods.split(","), budgets.split(","), modes.split(",")):
-        if mode not in MODES:
-            raise ValueError(f"mode must be cold or warm, got {mode!r}")
-        yield method, int(budget), mode
+def combinations(methods: str, budgets: str, modes: str) -> list[tuple[str, int, str]]:
+    """(method, budget, mode) of all of them, each list separated by commas."""
+    if unknown := set(modes.split(",")) - set(MODES):
+        raise ValueError(f"mode must be cold or warm, got {', '.join(sorted(unknown))}")
+    return list(itertools.product(methods.split(","), map(int, budgets.split(",")), modes.split(",")))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("method", "mode", "tokens a step", "nodes a step", "misses", "steps/s", "as the engine")
+    for row in rows:
+        same = f"{100 * row['same_steps']:.0f} % of prompts" if "same_steps" in row else ""
+        figures = (f"{row['tokens_a_step']:.3f}", f"{row['nodes_a_step']:.1f}", str(row["misses"]))
+        table.add_row(row["method"], row["mode"], *figures, f"{row['steps'] / row['seconds']:.0f}", same)
+    return table
 
 
 def main(
@@ -244,7 +252,6 @@ def main(
     ask: Annotated[bool, typer.Option(help="ask the model for what is not recorded, and record it")] = False,
     check: Annotated[bool, typer.Option(help="run the real engine too, and compare step by step")] = False,
     skip: Annotated[bool, typer.Option(help="rejected nodes that are not recorded teach nothing")] = False,
-    repeat: Annotated[int, typer.Option(help="replay so many times (timing)")] = 1,
     model: Annotated[str | None, typer.Option(help="local folder or hub name; the embedded model if not given")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32, ...; of a new record")] = "float32",
     data: Annotated[Path, typer.Option(help="folder with mix.json, for a new record")] = DEFAULT_DATA,
@@ -254,31 +261,29 @@ def main(
 ) -> None:
     """Replay methods along recorded answers."""
     console = Console(stderr=True)
+    rows = []
     try:
+        todo = combinations(methods, budget, mode)
         loaded, tokenizer = load(model, dtype) if ask or check else (None, None)
         answers = open_record(record, loaded if ask else None, tokenizer, data, split, limit, max_new_tokens)
         recorder = Recorder(loaded, answers) if ask else None
-        rows = []
-        for method, nodes, how in _combinations(methods, budget, mode):
-            builder = make_builder(method, answers.vocab_size, None)
-            warm_up(builder, answers.vocab_size, specdec.models.parse_dtype("float32"))
-            simulator = Simulator(answers, builder, int(nodes), recorder, skip)
+        for name, nodes, how in todo:
+            builder = make_builder(name, answers.vocab_size, None)
+            warm_up(builder, answers.vocab_size, torch.float32)
             started = time.perf_counter()
-            for _ in range(repeat):
-                replays = simulator.run(how == "cold")
-            seconds = (time.perf_counter() - started) / repeat
-            row = {"method": f"{method}@{nodes}", "mode": how, **summary(replays), "seconds": seconds}
-            if check:
-                engine = Engine(loaded, tokenizer, method=method, budget=int(nodes))
-                real = engine_lengths(engine, answers, how == "cold")
-                row["same_steps"] = sum(a == b.accept_lengths for a, b in zip(real, replays)) / len(replays)
-            rows.append(row)
-            console.print(row)
+            replays = Simulator(answers, builder, nodes, recorder, skip).run(how == "cold")
+            seconds = time.perf_counter() - started
+            row = {"method": f"{name}@{nodes}", "mode": how, **summary(replays), "seconds": seconds}
             if recorder is not None:
                 answers.save(record)
+            if check:
+                real = engine_lengths(Engine(loaded, tokenizer, method=name, budget=nodes), answers, how == "cold")
+                row["same_steps"] = sum(a == b.accept_lengths for a, b in zip(real, replays)) / len(replays)
+            rows.append(row)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
+    console.print(_table(rows))
     print(json.dumps({"bench": "simulate", "record": str(record), "entries": len(answers), "runs": rows}), flush=True)
 
 
