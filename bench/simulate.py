@@ -280,6 +280,7 @@ def main(
                 real = engine_lengths(Engine(loaded, tokenizer, method=name, budget=nodes), answers, how == "cold")
                 row["same_steps"] = sum(a == b.accept_lengths for a, b in zip(real, replays)) / len(replays)
             rows.append(row)
+            console.print(f"{len(rows)} of {len(todo)}: {name}@{nodes}, {how}, {row['tokens_a_step']:.3f} tokens a step")
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error

@@ -78,7 +78,9 @@ def test_replay_stops_at_end_tokens(model):
     twice = Record(answers.prompts[1:2] * 2, TOKENS, answers.eos_token_ids, VOCAB)
     Simulator(twice, make_builder("none", VOCAB, None), 1, Recorder(ending, twice)).run(cold=True)
     first, second = Simulator(twice, make_builder("suffix", VOCAB, None), 2 * TOKENS).run(cold=False)
-    assert len(second.accept_lengths) < len(first.accept_lengths), "the whole text was drafted, its end too; nobody asked behind it"
+    assert len(second.accept_lengths) < len(first.accept_lengths), (
+        "the whole text was drafted, its end too; nobody asked behind it"
+    )
 
 
 def test_only_misses_are_asked_about(model):
