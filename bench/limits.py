@@ -30,9 +30,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.attention import measure_bounds
-from bench.record import Record, Recorder
-from bench.simulate import MODES, Replayed, Simulator
 from specdec.cost_model import CostModel
 from specdec.draft_tree import ROOT, DraftTree
 from specdec.engine import Engine, warm_up
@@ -42,6 +39,10 @@ from specdec.sequence import SamplingParams, Sequence
 from specdec.target import TargetModel
 from specdec.trees.best_first import BestFirst
 from specdec.trees.evidence import Evidence
+
+from .attention import measure_bounds
+from .record import Record, Recorder
+from .simulate import MODES, Replayed, Simulator
 
 __all__ = ["Ladder", "Step", "WatchedBestFirst", "climb", "floor_bytes", "proposed_path", "steps_of"]
 
@@ -86,8 +87,8 @@ class WatchedBestFirst(BestFirst):
         super().__init__(vocab_size, cost_model)
         self.grown: list[DraftTree] = []
 
-    def _build(self, seq: Sequence, budget: int, depth: int) -> DraftTree:
-        tree = super()._build(seq, budget, depth)
+    def _build(self, seq: Sequence, budget: int, depth: int, costs: CostModel | None) -> DraftTree:
+        tree = super()._build(seq, budget, depth, None)  # the oracle chooses among all candidates
         self.grown.append(tree)
         return tree
 
@@ -195,6 +196,7 @@ def main(
     timed: Annotated[int, typer.Option(help="prompts over which the engine's host time is measured")] = 3,
     model: Annotated[str | None, typer.Option(help="local folder or hub name; the embedded model if not given")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32, ...; as recorded")] = "bfloat16",
+    compile: Annotated[bool, typer.Option("--compile", help="costs and host time of the compiled step")] = False,
 ) -> None:
     """The engine's speed as a share of the selection oracle's, and where the rest goes."""
     console = Console(stderr=True, width=130)
@@ -203,19 +205,20 @@ def main(
     answers = Record.load(record)
     loaded, tokenizer = load(model, dtype)
     recorder = Recorder(loaded, answers)
-    engine = Engine(loaded, tokenizer, method="best_first", budget="auto")
+    engine = Engine(loaded, tokenizer, method="best_first", budget="auto", compile=compile)
     costs = engine.pacer.cost_model
     assert costs is not None
     costs = CostModel(costs.table)  # before the engine's steps change it
     host = host_seconds_of(engine, answers, timed)
     costs.host_seconds = host
+    title = f"best_first{'+compile' if compile else ''}"
     most = MAX_NODES if budget == "auto" else int(budget)
     results: dict[str, Any] = {}
     for how in mode.split(","):
         steps = watch(answers, recorder, costs if budget == "auto" else None, most, how == "cold")
         steps["all"] = [step for group in steps.values() for step in group]
         ladders = {group: climb(mine, costs, host, most) for group, mine in steps.items()}
-        console.print(_table(f"best_first@{budget}, {how}; losses in shares of the selection oracle's speed", ladders, steps))
+        console.print(_table(f"{title}@{budget}, {how}; losses in shares of the selection oracle's speed", ladders, steps))
         results[how] = {group: {**asdict(rungs), "share": rungs.share, **rungs.losses()} for group, rungs in ladders.items()}
     if recorder.forwards:
         answers.save(record)
@@ -223,7 +226,10 @@ def main(
     floor = floor_bytes(recorder.target, context) / measure_bounds().bytes_per_second
     figures = {"context": context, "memory_floor_ms": 1e3 * floor, "one_node_ms": 1e3 * costs.seconds(1, context)}
     console.print(f"host time {1e3 * host:.2f} ms a step; one node at {context} tokens of context: {figures}")
-    print(json.dumps({"bench": "limits", "budget": budget, "host_ms": 1e3 * host, **figures, "modes": results}), flush=True)
+    print(
+        json.dumps({"bench": "limits", "budget": budget, "compile": compile, "host_ms": 1e3 * host, **figures, "modes": results}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

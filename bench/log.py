@@ -23,20 +23,21 @@ class Log:
 
     Args:
         path: file to write, or to go on with; None keeps the rows in memory alone.
+        kind: dataclass of a row. `has` and `drop_unfinished` are for bench.run's alone.
 
     Raises:
         ValueError: the file is no log, or was written under other settings.
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, settings: dict[str, Any], kind: type[Any] = Row) -> None:
         self.path = path
         self.settings = settings
         self.costs: dict[str, Any] = {}
-        self.rows: list[Row] = []
+        self.rows: list[Any] = []
         if path is None:
             return
         if path.exists():
-            written, self.costs, self.rows = read_log(path)
+            written, self.costs, self.rows = read_log(path, kind)
             if written != settings:
                 raise ValueError(
                     f"out must be a new file or one of the same settings, got {path} ({_differences(written, settings)})"
@@ -44,7 +45,7 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._rewrite()  # without a line that a kill left half written
 
-    def add(self, rows: list[Row]) -> None:
+    def add(self, rows: list[Any]) -> None:
         """Rows that were just measured; they are on disk when this returns."""
         self.rows += rows
         self._append([asdict(row) for row in rows])
@@ -83,7 +84,7 @@ class Log:
         part.replace(self.path)
 
 
-def read_log(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
+def read_log(path: Path, kind: type[Any] = Row) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
     """(settings, costs, rows) of a file that Log wrote; a last line without its end is left out.
 
     Raises:
@@ -94,9 +95,9 @@ def read_log(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
         records = [json.loads(line) for line in lines]
         settings = records[0]["settings"]
         costs = next((record["costs"] for record in records if "costs" in record), {})
-        return settings, costs, [Row(**record) for record in records[1:] if "costs" not in record]
+        return settings, costs, [kind(**record) for record in records[1:] if "costs" not in record]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} was not written by bench.run ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is no log of this benchmark ({type(error).__name__}: {error})") from error
 
 
 def _differences(there: dict[str, Any], now: dict[str, Any]) -> str:

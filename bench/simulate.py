@@ -28,8 +28,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.record import UNKNOWN, Prompt, Record, Recorder
-from bench.tasks import DEFAULT_DATA, encode, load_tasks
 from specdec.cost_model import CostModel
 from specdec.draft_tree import DraftTree, Verdict
 from specdec.engine import Engine, warm_up
@@ -39,6 +37,9 @@ from specdec.randomness import Randomness
 from specdec.sequence import SamplingParams, Sequence
 from specdec.target import PREFILL_CHUNK
 from specdec.trees.base import TreeBuilder
+
+from .record import UNKNOWN, Prompt, Record, Recorder
+from .tasks import DEFAULT_DATA, encode, load_tasks
 
 __all__ = ["NotRecordedError", "Replayed", "Simulator", "summary"]
 
@@ -213,7 +214,7 @@ def open_record(path: Path, model: Any, tokenizer: Any, data: Path, split: str, 
         raise ValueError(f"record must be a file that --ask wrote, got {path}; fix: --ask")
     prompts = [Prompt(task.id, task.group, tuple(encode(tokenizer, task))) for task in load_tasks(data, split, limit)]
     engine = Engine(model, tokenizer, method="none", budget=1)
-    return Record(prompts, new_tokens, engine._eos_token_ids(), engine.target.vocab_size)
+    return Record(prompts, new_tokens, engine.eos_token_ids(), engine.target.vocab_size)
 
 
 def engine_lengths(engine: Engine, record: Record, cold: bool) -> list[list[int]]:

@@ -154,6 +154,7 @@ def verify_greedy(
     budgets: Sequence[int],
     batch: int,
     new_tokens: int,
+    compile: bool = False,
 ) -> int:
     """Returns the number of units that differ from `model.generate`."""
     built: dict[tuple[str, int], PrefixEngine] = {}
@@ -162,7 +163,7 @@ def verify_greedy(
 
     def engines(method: str, budget: int) -> Engine:
         if (method, budget) not in built:
-            built[method, budget] = PrefixEngine(model, method=method, budget=budget, memory=memory)
+            built[method, budget] = PrefixEngine(model, method=method, budget=budget, memory=memory, compile=compile)
         return built[method, budget]
 
     todo = log.todo(units(prompts, methods, budgets, batch))
@@ -205,6 +206,7 @@ def verify_bf16(
     budgets: Sequence[int],
     new_tokens: int,
     broken: bool,
+    compile: bool = False,
 ) -> int:
     """Returns the number of units whose gaps exceed twice the rounding of the plain model."""
     memory: dict[Any, Any] = {}
@@ -220,7 +222,8 @@ def verify_bf16(
             plain = reference(model, prompt, new_tokens)
             limits[tuple(prompt)] = (plain, undrafted.generate(prompt, params).token_ids, 2 * rounding(model, prompt, plain))
         if (unit.method, unit.budget) not in built:
-            built[unit.method, unit.budget] = PrefixEngine(model, method=unit.method, budget=unit.budget, memory=memory)
+            options: dict[str, Any] = {"method": unit.method, "budget": unit.budget, "compile": compile}
+            built[unit.method, unit.budget] = PrefixEngine(model, memory=memory, **options)
         with broken_masks() if broken else nullcontext():
             tokens = built[unit.method, unit.budget].generate(prompt, params).token_ids
         plain, own, limit = limits[tuple(prompt)]
@@ -273,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--out", type=Path, default=Path(".verify"))
     parser.add_argument("--model", default=None, help="local path or hub name; default: the embedded model")
+    parser.add_argument("--compile", action="store_true", help="compiled steps, against the eager model")
     parser.add_argument("--break-mask", action="store_true", help="negative control for bf16")
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="do the I-th of N parts, 1 <= I <= N")
     args = parser.parse_args(argv)
@@ -295,12 +299,12 @@ def run_check(check: str, args: argparse.Namespace) -> dict[str, Any]:
     methods, budgets = args.methods.split(","), [int(budget) for budget in args.budgets.split(",")]
     model, tokenizer = models.load(args.model, dtype=torch.bfloat16 if check == "bf16" else torch.float32)
     tasks = load_tasks(args.data, args.split, args.limit)
-    log = Log(args.out, f"{check}{'-broken' if args.break_mask else ''}", args.shard)
+    log = Log(args.out, f"{check}{'-compile' if args.compile else ''}{'-broken' if args.break_mask else ''}", args.shard)
     prompts = {task.id: encode(tokenizer, task) for task in tasks}
     if check == "long":
         prompts = {"4k": long_prompt(tokenizer, tasks, 4000)}
     if check == "bf16":
-        wrong = verify_bf16(model, prompts, log, methods, budgets, args.new_tokens, args.break_mask)
+        wrong = verify_bf16(model, prompts, log, methods, budgets, args.new_tokens, args.break_mask, args.compile)
         rows = log.done.values()
         found: dict[str, Any] = {
             "identical": sum(bool(row["identical"]) for row in rows),
@@ -310,7 +314,7 @@ def run_check(check: str, args: argparse.Namespace) -> dict[str, Any]:
         }
     else:
         batch = 1 if check == "long" else args.batch
-        wrong = verify_greedy(model, prompts, log, methods, budgets, batch, args.new_tokens)
+        wrong = verify_greedy(model, prompts, log, methods, budgets, batch, args.new_tokens, args.compile)
         found = {"rows": sum(row["rows"] for row in log.done.values())}
     return {"check": check, "prompts": len(prompts), "units": len(log.done), "wrong": wrong, **found}
 

@@ -1,4 +1,4 @@
-// torch.ops.specdec.linear and tree_attention over csrc/cpu, by torch's stable ABI: one build serves every torch from 2.10 on.
+// torch.ops.specdec.linear, linears and tree_attention over csrc/cpu, by torch's stable ABI: one build serves every torch from 2.10 on.
 #ifdef SPECDEC_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 #endif
@@ -15,6 +15,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "specdec_linear.h"
@@ -88,34 +89,56 @@ Tensor torch_linear(const Tensor& x, const Tensor& weight, const std::optional<T
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// More than `max_rows` rows, which a compiled model knows only when it runs, are torch's (-1: none are).
-Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t max_rows) {
-  check(x, weight, bias);
-  if (max_rows >= 0 && x.numel() > max_rows * weight.size(1)) return torch_linear(x, weight, bias);
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  const int64_t in_features = weight.size(1), out_features = weight.size(0);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = out_features;
-  Tensor y = torch::stable::new_empty(x, shape);
-  if (y.numel() == 0) return y;
-
-  const specdec::LinearArgs args = {.dtype = specdec::DType(dtype_of(x, "linear: x")),
-                                    .x = x.data_ptr(),
-                                    .weight = weight.data_ptr(),
-                                    .bias = bias ? bias->data_ptr() : nullptr,
-                                    .y = y.data_ptr(),
-                                    .rows = y.numel() / out_features,
-                                    .in_features = in_features,
-                                    .out_features = out_features};
-  const specdec::Linear call(args);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t block_work = specdec::Linear::kBlock * in_features * args.rows;
-  const int64_t chunk = std::max((call.blocks() + threads * kChunksPerThread - 1) / (threads * kChunksPerThread),
-                                 kMultiplyGrain / std::max<int64_t>(1, block_work));
+// The layers of one x: their blocks are shared out together, so that the threads meet once and not once a layer.
+void multiply(const std::vector<specdec::Linear>& layers, int64_t block_work) {
+  std::vector<int64_t> first{0};  // block of each layer, and the end
+  for (const auto& layer : layers) first.push_back(first.back() + layer.blocks());
+  const int64_t share = torch::stable::get_num_threads() * kChunksPerThread;
+  const int64_t chunk = std::max((first.back() + share - 1) / share, kMultiplyGrain / std::max<int64_t>(1, block_work));
   parallel_chunks(
-      call.blocks(), std::max<int64_t>(1, chunk), [&] { return call.pack(); },
-      [&](const specdec::Linear::Packed& packed, int64_t begin, int64_t end) { call.multiply(packed, begin, end); });
-  return y;
+      first.back(), std::max<int64_t>(1, chunk), [&] { return layers[0].pack(); },
+      [&](const specdec::Linear::Packed& packed, int64_t begin, int64_t end) {
+        for (size_t i = 0; i < layers.size(); ++i) {
+          const int64_t from = std::max(begin, first[i]), to = std::min(end, first[i + 1]);
+          if (from < to) layers[i].multiply(packed, from - first[i], to - first[i]);
+        }
+      });
+}
+
+// More than `max_rows` rows, which a compiled model knows only when it runs, are torch's (-1: none are).
+std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases, int64_t max_rows) {
+  STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "specdec::linears: there must be a bias, or None, for each weight");
+  for (size_t i = 0; i < weights.size(); ++i) check(x, weights[i], biases[i]);
+  const int64_t in_features = weights[0].size(1);
+  std::vector<Tensor> ys;
+  if (max_rows >= 0 && x.numel() > max_rows * in_features) {
+    for (size_t i = 0; i < weights.size(); ++i) ys.push_back(torch_linear(x, weights[i], biases[i]));
+    return ys;
+  }
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  std::vector<specdec::Linear> layers;
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  for (size_t i = 0; i < weights.size(); ++i) {
+    shape.back() = weights[i].size(0);
+    ys.push_back(torch::stable::new_empty(x, shape));
+    if (ys[i].numel() == 0) continue;
+    layers.emplace_back(specdec::LinearArgs{.dtype = specdec::DType(dtype_of(x, "linear: x")),
+                                            .x = x.data_ptr(),
+                                            .weight = weights[i].data_ptr(),
+                                            .bias = biases[i] ? biases[i]->data_ptr() : nullptr,
+                                            .y = ys[i].data_ptr(),
+                                            .rows = rows,
+                                            .in_features = in_features,
+                                            .out_features = shape.back()});
+  }
+  if (!layers.empty()) multiply(layers, specdec::Linear::kBlock * in_features * rows);
+  return ys;
+}
+
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t max_rows) {
+  return linears(std::move(x), {std::move(weight)}, {std::move(bias)}, max_rows)[0];
 }
 
 std::string linear_isa() { return specdec::linear_isa(); }
@@ -410,6 +433,7 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor query, Tensor keys, Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specdec, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias=None, int max_rows=-1) -> Tensor");
+  m.def("linears(Tensor x, Tensor[] weights, Tensor?[] biases, int max_rows=-1) -> Tensor[]");
   m.def("linear_isa() -> str");
   m.def(
       "tree_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor prefix_lengths, Tensor node_counts, "
@@ -423,6 +447,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specdec, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(specdec, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linears", TORCH_BOX(&linears));
   m.impl("tree_attention", TORCH_BOX(&tree_attention_cpu));
   m.impl("cached_tree_attention", TORCH_BOX(&cached_tree_attention_cpu));
 }

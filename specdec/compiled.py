@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import operator
 import platform
 import tempfile
 import time
@@ -65,6 +66,8 @@ def cannot_compile(target: TargetModel) -> str | None:
     """Why this model's step cannot be compiled, or None; what only compiling shows is not known yet."""
     if compiled_op(kind := target.device.type) is None or (kind == "cpu" and _op is None):
         return f"specdec._C is not built for {kind} (it needs a compiler when specdec is installed, with --no-build-isolation)"
+    if target.ranks.size > 1:
+        return f"{target.ranks.size} processes share it"
     if not target.uses_interface:
         return "transformers cannot route it through its attention interface"
     if target.rope.kind is not None:
@@ -240,12 +243,40 @@ def _export(target: TargetModel) -> Any:
     free = torch.export.Dim.DYNAMIC  # a drafter of the first layers reads the cache of all: the number of buffers is free too
     shapes = ({1: size}, {1: size}, {0: free}, tuple({0: free, 1: free, 3: free} for _ in cache.buffers()))
     with target.tracing(trace.attend):
-        return torch.export.export(
+        exported = torch.export.export(
             _StepModule(target.model, trace),
             (tokens, tokens.clone(), step, *cache.buffers()),
             dynamic_shapes=shapes,
             strict=False,
         )
+    _merge_linears(exported.graph_module)
+    return exported
+
+
+def _merge_linears(module: torch.fx.GraphModule) -> None:
+    """Give linear layers that read the same input (query, key and value; gate and up) one call: each alone is small, and the threads
+    would meet after each."""
+    graph = module.graph
+    readers: dict[Any, list[tuple[torch.fx.Node, Any, Any]]] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.specdec.linear.default):
+        arguments: list[Any] = list(node.args)
+        x, weight, bias, most = arguments + [None, -1][len(arguments) - 2 :]
+        if all(each is None or each.op == "placeholder" for each in (weight, bias)):  # there from the beginning
+            readers.setdefault((x, most), []).append((node, weight, bias))
+    for (x, most), layers in readers.items():
+        if len(layers) == 1:
+            continue
+        nodes, weights, biases = (list(each) for each in zip(*layers))
+        with graph.inserting_before(nodes[0]):
+            merged = graph.call_function(torch.ops.specdec.linears.default, (x, weights, biases, most))
+            merged.meta["val"] = [node.meta["val"] for node in nodes]
+            for index, node in enumerate(nodes):
+                one = graph.call_function(operator.getitem, (merged, index))
+                one.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(one)
+                graph.erase_node(node)
+    graph.lint()
+    module.recompile()
 
 
 class _StepModule(nn.Module):

@@ -22,8 +22,10 @@ import numpy as np
 
 __all__ = ["CONTEXTS", "NODES", "CostModel"]
 
-NODES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXTS = (256, 2048)
+_OFTEN = 16  # sizes up to here are timed in every round: most trees are that small, and a few milliseconds decide
+_SELDOM = 3  # larger ones in every third
 _CONTEXT_STEP = 64
 _BATCH = 8  # observations applied together
 _RATE = 0.05  # share of one observation, once for all sizes (the machine drifts) and once for its own
@@ -69,6 +71,7 @@ class CostModel:
         self._contexts = {key[:2]: sorted(other[2] for other in table if other[:2] == key[:2]) for key in table}
         self._pending: list[tuple[int, int, float]] = []  # (row, bucket, step) of observations that are not in the table yet
         self._curves: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._slopes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @classmethod
     def measure(
@@ -77,24 +80,27 @@ class CostModel:
         rows: Seq[int] = (1,),
         nodes: Seq[int] = NODES,
         contexts: Seq[int] = CONTEXTS,
-        repeats: int = 5,
-        seconds: float = 4.0,
+        repeats: int = 9,
+        seconds: float = 8.0,
         host_seconds: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> CostModel:
         """Time `forward(rows, nodes, context)`, which returns its own seconds, at every combination of the sizes.
 
         Every size runs twice (the first warms up); further repeats, round by round so that a slow spell hits all sizes alike,
-        as long as `seconds` are not used up. The median counts, and at most that of any larger tree: what a spell of another
+        as long as `seconds` are not used up (small sizes in every round: two or three samples each mistook a size by a fifth, which
+        cost 3 % of the speed). The median counts, and at most that of any larger tree: what a spell of another
         program added to a small size would else never be corrected, for sizes that look dear are not used.
         """
         keys = [(row, node, context) for row in rows for context in contexts for node in nodes]
-        begin = time.perf_counter()
+        begin = clock()
         for key in keys:
             forward(*key)
         samples: dict[Key, list[float]] = {key: [forward(*key)] for key in keys}
-        for _ in range(repeats - 1):
+        for number in range(1, repeats):
             for key in keys:
-                if time.perf_counter() - begin < seconds:
+                due = key[1] <= _OFTEN or number % _SELDOM == 0
+                if due and clock() - begin < seconds:
                     samples[key].append(forward(*key))
         table = {key: float(np.median(times)) for key, times in samples.items()}
         for row, node, context in sorted(keys, key=lambda key: -key[1]):
@@ -123,6 +129,23 @@ class CostModel:
             self._curves[rounded, rows] = (np.array(sizes), seconds)
         return self._curves[rounded, rows]
 
+    def slopes(self, context: int = 256) -> tuple[np.ndarray, np.ndarray]:
+        """For one row, by number of nodes n: seconds of a forward [M + 1], and the least seconds that each node beyond n costs [M + 1].
+
+        Both are 0 where n is no measured size. At a rate of r tokens a second, nodes of a probability of at most r times the
+        latter cannot raise it, however many there are: t = {1: 20 ms, 8: 24 ms, 16: 40 ms} has slopes .57, 2 and infinite, so
+        that at 75 tokens a second the ninth node must have a probability above .15.
+        """
+        rounded = context // _CONTEXT_STEP * _CONTEXT_STEP
+        if rounded not in self._slopes:
+            sizes, seconds = self.curve(context)
+            by_nodes, slopes = np.zeros(sizes[-1] + 1), np.zeros(sizes[-1] + 1)
+            for place, size in enumerate(sizes):
+                larger = (seconds[place + 1 :] - seconds[place]) / (sizes[place + 1 :] - size)
+                by_nodes[size], slopes[size] = seconds[place], larger.min(initial=np.inf)
+            self._slopes[rounded] = by_nodes, slopes
+        return self._slopes[rounded]
+
     def observe(self, nodes: int, context: int, rows: int, seconds: float) -> None:
         """Learn from one timed forward: a bounded move of the whole table, and of the entries it was predicted from.
 
@@ -149,6 +172,7 @@ class CostModel:
                 self.table[key] *= step * (step if key[:2] == (row, bucket) else 1.0)
         self._pending.clear()
         self._curves.clear()
+        self._slopes.clear()
 
     def observe_host(self, seconds: float) -> None:
         """Learn the host time of one speculative step."""

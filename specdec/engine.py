@@ -7,6 +7,7 @@ says "cat" after the root, "sat" after "cat" and "on" after "sat": the step keep
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -40,7 +41,7 @@ from specdec.trees.by_model import Drafted
 from specdec.trees.by_rate import ByRate
 from specdec.verify.rules import RULES, UNVISITED
 
-__all__ = ["Engine", "Result"]
+__all__ = ["Engine", "Result", "TextScore"]
 
 Prompt = "str | list[int] | list[dict[str, str]] | torch.Tensor"
 logger = logging.getLogger("specdec")
@@ -79,6 +80,14 @@ class Result:
     def tokens_per_step(self) -> float:
         """Mean accepted tokens: emitted tokens / steps."""
         return len(self.token_ids) / max(1, self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class TextScore:
+    """How probable a text is under the model."""
+
+    logprobs: list[float]  # of token_ids[start:], by the model's own law (temperature 1, nothing truncated)
+    logits: torch.Tensor  # [V] after the last token
 
 
 @dataclass(slots=True)
@@ -138,6 +147,11 @@ class Engine:
         self.method = method if isinstance(method, str) else type(method).__name__
         self.pacer = Pacer(self.target, budget)
         draft_model = None if drafter is None else make_drafter(drafter, model, self.tokenizer, self.target.vocab_size, compile)
+        if draft_model is not None and draft_model.reader.ranks.size != self.target.ranks.size:
+            raise ValueError(
+                f"{self.target.ranks.size} processes share the model and {draft_model.reader.ranks.size} the drafter; fix: load the "
+                'drafter with DistributedConfig(tp_plan="auto") too, or take "early_exit:8"'
+            )
         self.builder = make_builder(method, self.target.vocab_size, self.pacer.cost_model, draft_model)
         self.rule: str = getattr(self.builder, "rule", "match")
         self._accept_rule = RULES[self.rule]
@@ -147,7 +161,7 @@ class Engine:
         self.rows: list[Sequence] = []  # live sequences; sequence i owns cache row i
         self.waiting: deque[Sequence] = deque()
         self.last_step = StepStats()
-        self._next_id = 0
+        self._ids = itertools.count(1)  # next() is atomic: sequences are made in any thread
         self._lock = threading.RLock()
         if state is not None:
             self.load_state(state)
@@ -160,12 +174,15 @@ class Engine:
 
     # ---- requests -------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Any, params: SamplingParams | Seq[SamplingParams] | None = None) -> Any:
+    def generate(
+        self, prompts: Any, params: SamplingParams | Seq[SamplingParams] | None = None, places: Seq[int] | None = None
+    ) -> Any:
         """Complete one prompt or many.
 
         Args:
             prompts: a string, a chat (list of {"role", "content"}), a list of token ids or a 1-D tensor; or a list of those.
             params: one SamplingParams for all, or one a prompt.
+            places: of the prompts, on which their randomness depends; None: 0, 1, 2 ...
 
         Returns:
             A Result for a single prompt with n = 1; otherwise a list, prompt by prompt, a prompt's samples beside each other.
@@ -175,11 +192,46 @@ class Engine:
         """
         items, single = _as_list(prompts)
         each = _params_for(params, len(items))
+        if places is not None and len(places) != len(items):
+            raise ValueError(f"places must have one entry a prompt, got {len(places)} for {len(items)} prompts")
         with self._lock:
-            sequences = self._sequences(items, each)
+            sequences = self._sequences(items, each, places)
             self.run(sequences)
             results = [self._result(seq) for seq in sequences]
         return results[0] if single and len(results) == 1 else results
+
+    def score(self, token_ids: Seq[int], start: int = 1) -> TextScore:
+        """Read a text without generating: one prefill, in chunks, with K/V of its own.
+
+        Args:
+            token_ids: prompt and text.
+            start: log-probabilities are given from this place on, 1 <= start <= len(token_ids).
+
+        Raises:
+            ValueError: no tokens, ids outside the vocabulary, a text longer than the context, `start` outside.
+        """
+        ids = [int(token) for token in token_ids]
+        self._check_prompt(ids, SamplingParams(max_new_tokens=1))
+        if not 1 <= start <= len(ids):
+            raise ValueError(f"start must be in [1, {len(ids)}], the number of tokens, got {start}")
+        wanted = torch.tensor(ids[1:])
+        logprobs: list[float] = []
+        last: list[torch.Tensor] = []
+
+        def observe(offset: int, logits: torch.Tensor) -> None:
+            rows = slice(max(start - 1 - offset, 0), max(min(len(logits), len(ids) - 1 - offset), 0))
+            if len(scored := logits[rows].float()):
+                following = wanted[offset + rows.start : offset + rows.stop, None].to(scored.device)
+                logprobs.extend((scored.gather(1, following)[:, 0] - scored.logsumexp(-1)).tolist())
+            last[:] = [logits[-1].clone()]
+
+        with self._lock:
+            listener, self.target.hidden_listener = self.target.hidden_listener, None  # its cache has no such row
+            try:
+                self.target.prefill(self.target.new_cache(1, len(ids) + 1), 0, ids, observe)
+            finally:
+                self.target.hidden_listener = listener
+        return TextScore(logprobs, last[0])
 
     def stream(self, prompt: Any, params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the text of one prompt as it is generated; closing the iterator frees its row."""
@@ -218,8 +270,7 @@ class Engine:
         self._check_prompt(token_ids, params)
         if self.rule in UNVISITED:
             _refuse_state(self.rule, fields.get("processor"))
-        self._next_id += 1
-        return Sequence(self._next_id, token_ids, params, randomness, **fields)
+        return Sequence(next(self._ids), token_ids, params, randomness, **fields)
 
     def cancel(self, seq: Sequence) -> None:
         """Stop a sequence, wherever it is, and free its row."""
@@ -254,6 +305,7 @@ class Engine:
             for index, (seq, tree) in enumerate(zip(live, trees)):
                 self._accept(seq, tree, logits[index, : len(tree)], None if top is None else top[index][: len(tree)], stats)
             stats.rows, stats.nodes = len(live), max(len(tree) for tree in trees)
+            stats.times = self.target.ranks.first(stats.times)  # what the next trees are sized by
             self.pacer.observe(stats, max(self.cache.starts, default=0))
             for seq in live:
                 _share_times(seq, stats, len(live))
@@ -345,19 +397,28 @@ class Engine:
             self._release(seq)
 
     def _prefill(self, seq: Sequence) -> None:
-        """Commit the prompt but its last token; a prompt equal to a live row's is copied instead of computed."""
+        """Commit the prompt but its last token; what the request's store holds, or a live row with the same prompt, is copied."""
         prompt = seq.token_ids[:-1]
+        if seq.store is not None and self._may_copy:
+            seq.cached_tokens = seq.store.load(self.cache, seq.row)
         # A row's last token is not in the cache: only a longer row holds the whole prompt.
         longer = (other for other in self.rows[:-1] if len(other.token_ids) > len(prompt) > 0)
         twin = next((other for other in longer if other.token_ids[: len(prompt)] == prompt), None)
-        if twin is not None and self.target.rope.kind is None and self.target.hidden_listener is None:
+        if twin is not None and self._may_copy and seq.cached_tokens < len(prompt):
             self.cache.fork(twin.row, seq.row, len(prompt))
-            return
+            seq.cached_tokens = len(prompt)
+        known = seq.cached_tokens
 
         def observe(start: int, logits: torch.Tensor) -> None:
-            self.builder.observe_prompt(seq, start, top_k(logits, self.builder.top_k))
+            self.builder.observe_prompt(seq, known + start, top_k(logits, self.builder.top_k))
 
-        self.target.prefill(self.cache, seq.row, prompt, observe if self.builder.top_k else None)
+        if known < len(prompt):
+            self.target.prefill(self.cache, seq.row, prompt[known:], observe if self.builder.top_k else None)
+
+    @property
+    def _may_copy(self) -> bool:
+        """Whether K/V that another request computed are this one's too, and nothing else is needed of the prompt."""
+        return self.target.rope.kind is None and self.target.hidden_listener is None
 
     def _rebuild_past_threshold(self) -> None:
         """longrope: the first token past the threshold changes the frequencies of the whole cache, as in transformers."""
@@ -382,6 +443,8 @@ class Engine:
         row, last = seq.row, len(self.rows) - 1
         if row < 0:
             return
+        if seq.store is not None and seq.finish_reason in ("eos", "stop", "length") and self._may_copy:
+            seq.store.save(self.cache, row)
         if row != last:
             self.cache.fork(last, row)
             self.rows[row] = self.rows[last]
@@ -406,18 +469,18 @@ class Engine:
 
     # ---- input and output -----------------------------------------------------------------------------------------------
 
-    def _sequences(self, items: list[Any], params: Seq[SamplingParams]) -> list[Sequence]:
+    def _sequences(self, items: list[Any], params: Seq[SamplingParams], places: Seq[int] | None = None) -> list[Sequence]:
         """One Sequence a prompt and sample. A prompt's stream is its place in the call, so batching cannot change its text."""
         drawn: int | None = None
         sequences = []
-        for index, (item, each) in enumerate(zip(items, params)):
-            token_ids = self._encode(item)
+        for index, item, each in zip(range(len(items)) if places is None else places, items, params):
+            token_ids = self.encode(item)
             seed = each.seed
             if seed is None and each.temperature > 0:
-                drawn = draw_seed() if drawn is None else drawn
+                drawn = self.target.ranks.first(draw_seed()) if drawn is None else drawn
                 seed = drawn
             for sample in range(each.n):
-                eos = self._eos_token_ids() if not each.ignore_eos else frozenset()
+                eos = self.eos_token_ids() if not each.ignore_eos else frozenset()
                 sequences.append(
                     self.new_sequence(
                         list(token_ids),
@@ -439,15 +502,20 @@ class Engine:
             )
         return stop_string_check(self.tokenizer, params.stop_strings)
 
-    def _eos_token_ids(self) -> frozenset[int]:
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text, by the model's configuration."""
         for config in (getattr(self.target.model, "generation_config", None), self.target.model.config):
             eos = getattr(config, "eos_token_id", None)
             if eos is not None:
                 return frozenset([eos] if isinstance(eos, int) else eos)
         return frozenset()
 
-    def _encode(self, prompt: Any) -> list[int]:
-        """Token ids of a string, a chat, or a list or tensor of ids."""
+    def encode(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt: a string, a chat (with the generation prompt), or a list or tensor of ids.
+
+        Raises:
+            ValueError: none of these, or text without a tokenizer.
+        """
         if isinstance(prompt, torch.Tensor) and prompt.numel() == prompt.shape[-1:].numel():
             prompt = prompt.flatten().tolist()
         is_chat = isinstance(prompt, (list, tuple)) and len(prompt) > 0 and isinstance(prompt[0], dict)
@@ -531,12 +599,32 @@ class Engine:
         """Inverse of save_state.
 
         Raises:
-            ValueError: the file belongs to another method or vocabulary.
+            ValueError: the file belongs to another method or vocabulary, or is damaged; nothing is changed then.
         """
         from specdec.state import load_state
 
         with self._lock:
             self.builder.load_state(load_state(path, self.method, self.target.vocab_size))
+
+    def share_state(self, path: str | Path) -> None:
+        """Take in what other engines left in a file, and leave there what this one then knows: one file for the workers of a node.
+
+        The file is locked meanwhile (PATH.lock) and replaced atomically; without one it is written. Drafts depend on it, texts do
+        not. Methods that cannot merge leave the file as it is and keep to what they have learned.
+
+        Raises:
+            ValueError: as load_state.
+        """
+        from filelock import FileLock
+
+        from specdec.state import load_state, save_state
+
+        with FileLock(f"{path}.lock"), self._lock:
+            if Path(path).exists():
+                if (merge := getattr(self.builder, "merge_state", None)) is None:
+                    return
+                merge(load_state(path, self.method, self.target.vocab_size))
+            save_state(self.builder.state(), path, self.method, self.target.vocab_size)
 
     def info(self) -> dict[str, Any]:
         """What runs here: model, method, budget, operators, measured costs."""

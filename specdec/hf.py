@@ -303,7 +303,7 @@ def _decode(
     own_criteria = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
     sampling = bool(config.do_sample)
     if sampling and seed is None:
-        seed = draw_seed()
+        seed = engine.target.ranks.first(draw_seed())
     params = SamplingParams(max_new_tokens=max(1, max_length - length), temperature=1.0 if sampling else 0.0, seed=seed)
     keep = config.return_dict_in_generate
     samples = max(1, config.num_return_sequences or 1)

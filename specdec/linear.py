@@ -6,7 +6,7 @@ speculation to win. `torch.ops.specdec.linear` (csrc/cpu/linear.cpp) reads every
 
 It is batch-invariant: a row's result is the same bits alone or among others and for any number of threads, since each output
 is one fixed sequence of operations over the input features. Only another instruction set (`instruction_set`) may round
-differently.
+differently. `torch.ops.specdec.linears` gives several layers that read the same input one call, with the same bits.
 
     with FastLinear(model).active():
         model(input_ids)             # plain nn.Linear modules on the CPU run the op; everything is restored on exit
@@ -48,7 +48,9 @@ def _load_op() -> Path | None:
     for path in sorted(Path(__file__).parent.glob("_C*.so")):
         try:
             torch.ops.load_library(str(path))
-            return path
+            if hasattr(torch.ops.specdec, "linears"):
+                return path
+            raise OSError("it is of an earlier specdec")
         except OSError as error:
             warnings.warn(
                 f"specdec: {path.name} does not load ({error}); CPU steps are slower. Fix: reinstall specdec against this torch",
@@ -65,6 +67,10 @@ if HAVE_OP:
     @torch.library.register_fake("specdec::linear")
     def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None, max_rows: int = -1) -> Tensor:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    @torch.library.register_fake("specdec::linears")
+    def _linears_fake(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], max_rows: int = -1) -> list[Tensor]:
+        return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
 
 
 def build() -> str | None:

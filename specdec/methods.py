@@ -172,9 +172,11 @@ def _with_drafter(method: str, vocab_size: int, cost_model: CostModel | None, dr
     from specdec.trees.by_model import Costs
     from specdec.trees.by_rate import ByRate
 
-    costs = None if cost_model is None else Costs(cost_model, measured_costs(draft_model.reader))
+    clock = draft_model.reader.ranks.clock
+    costs = None if cost_model is None else Costs(cost_model, measured_costs(draft_model.reader), clock)
     name = "goose_drafter" if method == "auto" else method
     drafting = DRAFTER_METHODS[name].make(draft_model, costs)
     if method == "auto":
-        return ByRate({"best_first": METHODS["best_first"].make(vocab_size, cost_model), name: drafting})
-    return drafting if costs is None else ByRate({"none": METHODS["none"].make(vocab_size, cost_model), name: drafting})
+        other = METHODS["best_first"].make(vocab_size, cost_model)
+        return ByRate({"best_first": other, name: drafting}, clock)
+    return drafting if costs is None else ByRate({"none": METHODS["none"].make(vocab_size, cost_model), name: drafting}, clock)

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import math
 import platform
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 
 from specdec import linear
 from specdec._cache import cache_folder
-from specdec.cost_model import CONTEXTS, CostModel
+from specdec.cost_model import CONTEXTS, NODES, CostModel
 from specdec.draft_tree import NO_PARENT, DraftTree
 
 if TYPE_CHECKING:
@@ -101,13 +100,14 @@ def measured_costs(target: TargetModel) -> CostModel:
     """The cost model of this machine and model: from the cache folder, else measured now (a few seconds) and saved."""
     fingerprint = _fingerprint(target)
     path = cache_folder("costs") / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.json"
-    if (known := CostModel.load(path, fingerprint)) is not None:
+    if (known := target.ranks.first(CostModel.load(path, fingerprint))) is not None:
         return known
     longest = (target.max_positions or max(CONTEXTS) + MAX_NODES) - MAX_NODES
     contexts = [context for context in CONTEXTS if context <= longest] or [max(0, longest)]
-    model = CostModel.measure(_timer(target), contexts=contexts)
-    with contextlib.suppress(OSError):  # a read-only cache: measured again next time
-        model.save(path, fingerprint)
+    model = CostModel.measure(_timer(target), contexts=contexts, clock=target.ranks.clock)
+    if target.ranks.number == 0:
+        with contextlib.suppress(OSError):  # a read-only cache: measured again next time
+            model.save(path, fingerprint)
     return model
 
 
@@ -120,10 +120,10 @@ def _timer(target: TargetModel) -> Any:
             tensor.zero_()
         cache.lengths = [context] * len(cache.lengths)
         tree = two_chains(nodes, target.vocab_size)
-        started = time.perf_counter()
+        started = target.ranks.clock()
         target.forward(cache, [tree] * rows)
         _synchronize(target.device)
-        return time.perf_counter() - started
+        return target.ranks.clock() - started
 
     return forward
 
@@ -143,5 +143,5 @@ def _synchronize(device: torch.device) -> None:
 def _fingerprint(target: TargetModel) -> str:
     config = target.model.config.to_dict()
     shape = {name: value for name, value in sorted(config.items()) if isinstance(value, int) and not isinstance(value, bool)}
-    parts = (target.name, shape, target.dtype, target.device, torch.get_num_threads(), torch.__version__)
+    parts = (target.name, shape, target.dtype, target.device, torch.get_num_threads(), torch.__version__, NODES)
     return repr((*parts, platform.node(), platform.machine(), target.info(), linear.build()))

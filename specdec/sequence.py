@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 if TYPE_CHECKING:
+    from specdec.kv_cache import KVCache
     from specdec.randomness import Randomness
 
-__all__ = ["SamplingParams", "Sequence"]
+__all__ = ["KVStore", "SamplingParams", "Sequence"]
 
 StopCheck = Callable[["Sequence"], bool]
 
@@ -132,6 +133,16 @@ class TokenBuffer:
         return self._data[:, :end]
 
 
+class KVStore(Protocol):
+    """Keeps K/V between requests."""
+
+    def load(self, cache: KVCache, row: int) -> int:
+        """Write the K/V that it has of the prompt's first slots to an empty row; returns how many slots."""
+
+    def save(self, cache: KVCache, row: int) -> None:
+        """The sequence has finished well and leaves `row`, whose committed slots hold its tokens but the last."""
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request in the engine.
@@ -156,6 +167,8 @@ class Sequence:
     finish_reason: str | None = None
     error: BaseException | None = None  # why it ended with finish_reason "error"; raised to whoever asked for it
     record: Any = None  # the caller's Recorder (streamer, scores, logits), told about every step
+    store: KVStore | None = None  # K/V of the prompt's beginning, and who wants this sequence's
+    cached_tokens: int = 0  # of the prompt, whose K/V came from the store
     times: dict[str, float] = field(default_factory=dict)  # seconds by phase
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from specdec.graphs import GraphedForward
 from specdec.kv_cache import KVCache, LayerShape
 from specdec.linear import FastLinear, instruction_set
 from specdec.prefix_backend import FlashAttention, attention_function
+from specdec.ranks import Ranks, misplaced
 
 __all__ = ["TargetModel", "UnsupportedModelError"]
 
@@ -63,7 +64,7 @@ def _refusal(model: PreTrainedModel) -> str | None:
         return f"it has layers of type {sorted(unknown)}; only full and sliding attention can be verified with trees"
     if getattr(config, "attention_chunk_size", None):
         return "it uses chunked attention"
-    return None
+    return misplaced(model)
 
 
 class _RopeSwitch:
@@ -104,7 +105,8 @@ class TargetModel:
 
     Args:
         model: any decoder-only `PreTrainedModel` (also wrapped by PEFT).
-        fast_linear: let specdec's CPU kernel compute skinny matrix products where it is faster (see specdec.linear).
+        fast_linear: let specdec's CPU kernel compute skinny matrix products where it is faster (see specdec.linear); not where
+            several processes share the model.
         compile: run the steps as machine code compiled for this machine, once (see specdec.compiled); on CUDA as graphs
             (specdec.graphs).
         prefix_backend: "op", or what computes the committed part of tree attention in its place (see specdec.prefix_backend).
@@ -140,7 +142,9 @@ class TargetModel:
                 if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")
             }.values()
         )
-        self._linear = FastLinear(model) if fast_linear else None
+        self.ranks = Ranks(model)  # the processes that share it
+        # Which product wins is a matter of a clock, and ranks must not round differently.
+        self._linear = FastLinear(model) if fast_linear and self.ranks.size == 1 else None
         self.max_fast_rows = self._linear.max_rows if self._linear else 0
         self._attend = attention_function(prefix_backend, self.device, self.dtype)
         self.prefix_backend = getattr(prefix_backend, "__qualname__", prefix_backend)
@@ -179,6 +183,7 @@ class TargetModel:
             if self._linear
             else "torch",
             "step": "compiled" if self.compiled else "eager",
+            **({"ranks": self.ranks.size} if self.ranks.size > 1 else {}),
         }
 
     # ---- attention ------------------------------------------------------------------------------------------------------
@@ -280,6 +285,8 @@ class TargetModel:
         kwargs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
         if self.hidden_listener is not None:
             kwargs["output_hidden_states"] = -1  # the last ones alone, as transformers' own use of such layers asks for
+        parents = [] if batch.trees is None else [tree.parents for tree in batch.trees]
+        self.ranks.compare(input_ids.numpy(), position_ids.numpy(), *parents)
         with self._installed(batch):
             output = self.model(
                 input_ids=input_ids.to(batch.device),

@@ -5,29 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from specdec.randomness import Randomness
+from bench.plain_search import KeyedGumbel
 
 __all__ = ["KeyedGumbel", "greedy_loop", "next_scores", "sample_loop"]
-
-
-class KeyedGumbel(LogitsProcessor):
-    """Adds the noise of each row's own key, so that do_sample=False draws from softmax(scores) with that noise.
-
-    It goes last in the list. One Randomness a row; `pad_lengths` is each row's left padding, which positions do not count.
-    """
-
-    def __init__(self, rows: Seq[Randomness], pad_lengths: Seq[int] | None = None) -> None:
-        self.rows = rows
-        self.pad_lengths = pad_lengths or [0] * len(rows)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        length, vocab_size = input_ids.shape[1], scores.shape[1]
-        noise = [
-            row.gumbel(length - pad, vocab_size, scores.device) for row, pad in zip(self.rows, self.pad_lengths, strict=True)
-        ]
-        return scores + torch.stack(noise)
 
 
 @torch.no_grad()

@@ -225,6 +225,43 @@ def test_size_follows_the_cost_and_speculation_stops_and_resumes() -> None:
     assert np.mean(emitted[-10:]) > 5, "and it is back within some tens of steps"
 
 
+class Watched(BestFirst):
+    """Keeps the sizes of the trees that it grew; `whole`: growth never ends early."""
+
+    def __init__(self, costs: CostModel, whole: bool) -> None:
+        super().__init__(VOCAB, costs)
+        self.whole, self.grown, self.chosen = whole, 0, []
+
+    def _build(self, seq: Sequence, budget: int, depth: int, costs: CostModel | None) -> DraftTree:
+        tree = super()._build(seq, budget, depth, None if self.whole else costs)
+        self.grown += len(tree)
+        return tree
+
+    def build(self, *args: Any) -> list[DraftTree]:
+        trees = super().build(*args)
+        self.chosen += [(tree.tokens.tolist(), tree.parents.tolist()) for tree in trees]
+        return trees
+
+
+@pytest.mark.parametrize("shape", [(20, 20, 24, 40, 90), (20, 21, 21.5, 22, 23), (20, 40, 80, 160, 640), (20, 30, 31, 90, 91)])
+def test_growth_ends_where_no_larger_tree_can_pay(shape: tuple[float, ...]) -> None:
+    """The trees that are chosen are those of whole growth; only less is grown."""
+    table = {(1, nodes, 0): ms / 1e3 for nodes, ms in zip((1, 4, 8, 16, 64), shape)}
+    rng, pattern = np.random.default_rng(1), list(range(10))
+    noise = rng.integers(0, 6, 150).tolist()
+    text = noise + pattern * 15 + noise[:60] + [n for pair in zip(pattern * 6, noise) for n in pair]
+    builders = [Watched(CostModel(table, host_seconds=0.001), whole) for whole in (False, True)]
+    for builder in builders:
+        tops = np.random.default_rng(2)
+        builder.start(seq := make_seq(text[:40]))
+        play(builder, seq, text, budget=64, top=lambda count, tops=tops: fake_top(tops, count))
+    early, whole = builders
+    assert early.chosen == whole.chosen
+    assert early.grown <= whole.grown
+    if shape[-1] > 30:
+        assert early.grown < 0.7 * whole.grown
+
+
 def test_state_survives_a_round_trip(busy: Any) -> None:
     builder, seqs = busy
     other = BestFirst(VOCAB)

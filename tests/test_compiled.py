@@ -18,8 +18,9 @@ from torch import Tensor
 import tiny_models
 from oracles import greedy_loop
 from oracles_engine import make_prompts
+from specdec import linear as linear_module
 from specdec.attention import TreeBatch, compiled_op
-from specdec.compiled import CompiledForward, pack_step
+from specdec.compiled import CompiledForward, _export, pack_step
 from specdec.draft_tree import DraftTree
 from specdec.engine import Engine
 from specdec.methods import METHODS
@@ -178,6 +179,17 @@ def test_logits_are_those_of_the_eager_step(name: str) -> None:
     for prefixes, sizes in [([1], [1]), ([1], [2]), ([30], [17]), ([100], [64]), ([0, 40, 7], [5, 1, 9]), ([3] * 5, [1] * 5)]:
         for compiled, eager in zip(*both_logits(target, prefixes, sizes)):
             torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "merged"), [("llama", 2), ("qwen2", 2), ("gpt2", 0)])
+def test_layers_of_one_input_become_one_call(name: str, merged: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query, key and value, and gate and up: two calls a layer for five, beside attention's output, down and the head."""
+    monkeypatch.setattr(linear_module, "winning_rows", lambda *_: 64)
+    target = TargetModel(compilable(name))
+    called = [node.target for node in _export(target).graph.nodes]
+    assert called.count(torch.ops.specdec.linears.default) == merged * len(target.layers)
+    assert called.count(torch.ops.specdec.linear.default) == merged * len(target.layers) + 1
 
 
 @pytest.mark.slow

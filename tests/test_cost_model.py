@@ -113,3 +113,12 @@ def test_a_disturbed_measurement_of_a_small_size_is_mended() -> None:
     )
     assert model.seconds(1) == pytest.approx(0.032)
     assert model.seconds(8) == pytest.approx(0.038)
+
+
+def test_slopes_bound_what_a_larger_tree_costs() -> None:
+    """The worked example of the docstring."""
+    model = CostModel({(1, 1, 0): 0.020, (1, 8, 0): 0.024, (1, 16, 0): 0.040})
+    seconds, slopes = model.slopes(0)
+    assert seconds[[1, 8, 16]].tolist() == [0.020, 0.024, 0.040] and np.count_nonzero(seconds) == 3
+    assert slopes[[1, 8, 16]].tolist() == pytest.approx([0.004 / 7, 0.002, np.inf])
+    assert 75 * slopes[8] == pytest.approx(0.15)

@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -41,6 +42,20 @@ def prompts(*lengths: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(2, VOCAB, (len(lengths), longest), generator=generator)
     mask = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Counter[specdec.Engine]:
+    """How many sequences each engine has made: which one generated."""
+    counter: Counter[specdec.Engine] = Counter()
+    new_sequence = specdec.Engine.new_sequence
+
+    def counted(engine: specdec.Engine, *args: Any, **kwargs: Any) -> Any:
+        counter[engine] += 1
+        return new_sequence(engine, *args, **kwargs)
+
+    monkeypatch.setattr(specdec.Engine, "new_sequence", counted)
+    return counter
 
 
 def texts_of(output: Any, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
@@ -542,7 +557,7 @@ def test_stop_strings(texty: tuple[Any, Any]) -> None:
     assert config.stop_strings == stop
 
 
-def test_pipeline(texty: tuple[Any, Any]) -> None:
+def test_pipeline(texty: tuple[Any, Any], made: Counter[specdec.Engine]) -> None:
     model, tokenizer = texty
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     kwargs: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
@@ -552,7 +567,7 @@ def test_pipeline(texty: tuple[Any, Any]) -> None:
     stopped = pipe("hello there", **kwargs, stop_strings=[stop], tokenizer=tokenizer)
     with specdec.accelerate(model, method="ngram", budget=8) as engine:
         assert pipe("hello there", **kwargs) == expected
-        assert engine._next_id == 1  # it was specdec that ran
+        assert made[engine] == 1  # it was specdec that ran
         assert pipe(["hello", "a longer prompt", "x"], batch_size=3, **kwargs) == batch
         assert pipe("hello there", **kwargs, stop_strings=[stop], tokenizer=tokenizer) == stopped
 
@@ -570,7 +585,7 @@ def lora(model: Any) -> Any:
         ).eval()
 
 
-def test_peft() -> None:
+def test_peft(made: Counter[specdec.Engine]) -> None:
     plain = shared("llama").generate(**RAGGED, max_new_tokens=NEW)
     model = lora(build("llama"))
     expected = model.generate(**RAGGED, max_new_tokens=NEW)
@@ -580,7 +595,7 @@ def test_peft() -> None:
     base = model.get_base_model()
     with specdec.accelerate(base, method="none", budget=4) as engine:
         assert torch.equal(model.generate(**RAGGED, max_new_tokens=NEW), expected)
-    assert engine._next_id == 4 and "generate" not in base.__dict__
+    assert made[engine] == 4 and "generate" not in base.__dict__
     ids = [row[mask == 1].tolist() for row, mask in zip(RAGGED["input_ids"], RAGGED["attention_mask"])]
     results = specdec.Engine(model, method="ngram", budget=8).generate(ids, specdec.SamplingParams(max_new_tokens=NEW))
     assert [result.token_ids for result in results] == expected[:, RAGGED["input_ids"].shape[1] :].tolist()
@@ -596,21 +611,21 @@ def test_prompt_learning_is_refused() -> None:
         model.generate(**SINGLE, max_new_tokens=4)
 
 
-def test_nested_and_mixed() -> None:
+def test_nested_and_mixed(made: Counter[specdec.Engine]) -> None:
     model = build("llama")
     expected = model.generate(**RAGGED, max_new_tokens=NEW)
     with specdec.accelerate(model, method="none", budget=4) as outer:
         with specdec.accelerate(model, method="ngram", budget=8) as inner:
             assert torch.equal(model.generate(**RAGGED, max_new_tokens=NEW), expected)
-        assert (outer._next_id, inner._next_id) == (0, 4)
+        assert (made[outer], made[inner]) == (0, 4)
         assert torch.equal(model.generate(**RAGGED, max_new_tokens=NEW), expected)
         assert torch.equal(model.generate(**RAGGED, max_new_tokens=NEW, custom_generate=specdec.generate), expected)
         assert torch.equal(specdec.generate(model, **RAGGED, max_new_tokens=NEW), expected)
-        assert outer._next_id == 12
+        assert made[outer] == 12
         assert torch.equal(
             specdec.generate(model, **RAGGED, max_new_tokens=NEW, specdec_method="suffix", specdec_budget=6), expected
         )
-        assert outer._next_id == 12
+        assert made[outer] == 12
         assert torch.equal(
             model.generate(RAGGED["input_ids"], GenerationConfig(max_new_tokens=NEW), attention_mask=RAGGED["attention_mask"]),
             expected,
@@ -653,7 +668,7 @@ def test_everything_is_restored(name: str) -> None:
     model(**SINGLE).logits.sum().backward()  # nothing left in inference mode
 
 
-def test_the_kept_engine() -> None:
+def test_the_kept_engine(made: Counter[specdec.Engine]) -> None:
     """It is reused, follows the model's dtype, and dies with the model."""
     from specdec import hf
 
@@ -668,22 +683,23 @@ def test_the_kept_engine() -> None:
     model.generate(**SINGLE, **kwargs)
     model.generate(**SINGLE, **kwargs)
     (engine,) = hf._engines[model].values()
-    assert engine._next_id == 2
+    assert made[engine] == 2
     model.double()
     assert torch.equal(model.generate(**SINGLE, **kwargs), model.generate(**SINGLE, max_new_tokens=6))
     assert len(hf._engines[model]) == 2
     dead, dead_engine, kept = weakref.ref(model), weakref.ref(engine), len(hf._engines)
+    made.clear()  # it holds the engine
     del model, engine
     gc.collect()
     assert dead() is None and dead_engine() is None and len(hf._engines) == kept - 1
 
 
-def test_an_engine_of_the_callers() -> None:
+def test_an_engine_of_the_callers(made: Counter[specdec.Engine]) -> None:
     model = build("llama")
     engine = specdec.Engine(model, method="ngram", budget=8)
     expected = model.generate(**SINGLE, max_new_tokens=NEW)
     assert torch.equal(specdec.generate(model, **SINGLE, max_new_tokens=NEW, specdec_engine=engine), expected)
-    assert engine._next_id == 1
+    assert made[engine] == 1
     with pytest.raises(ValueError, match="specdec_engine"):
         specdec.generate(shared("llama"), **SINGLE, max_new_tokens=4, specdec_engine=engine)
     with pytest.raises(ValueError, match="specdec_method"):

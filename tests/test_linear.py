@@ -162,6 +162,33 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.specdec.linear.default, (x, weight, bias))
 
 
+@needs_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_of_one_input_have_the_bits_that_each_has_alone(dtype):
+    for rows in (1, 4, 9, 100):
+        layers = [data(rows, 577, out_features, dtype)[1:] for out_features in (70, 1, 33)]
+        x = data(rows, 577, 1, dtype)[0].reshape(1, rows, 577)
+        biases = [layers[0][1], None, layers[2][1]]
+        together = torch.ops.specdec.linears(x, [weight for weight, _ in layers], biases)
+        assert [y.shape for y in together] == [(1, rows, 70), (1, rows, 1), (1, rows, 33)]
+        for y, (weight, _), bias in zip(together, layers, biases):
+            assert torch.equal(y, torch.ops.specdec.linear(x, weight, bias))
+
+
+@needs_op
+def test_layers_of_one_input_are_checked():
+    (x, weight, bias), (_, other, _) = data(9, 8, 4, torch.float32), data(9, 7, 4, torch.float32)
+    op = torch.ops.specdec.linears
+    torch.library.opcheck(op.default, (x, [weight, weight[:3]], [bias, None]))
+    assert all(
+        torch.equal(y, functional.linear(x, weight)) for y in op(x, [weight, weight], [None, None], 8)
+    )  # torch's, from 9 rows on
+    assert [y.shape for y in op(x[:0], [weight], [bias])] == [(0, 4)]
+    for weights, biases in (([], []), ([weight], []), ([weight, other], [None, None]), ([weight], [bias[:3]])):
+        with pytest.raises(RuntimeError, match="specdec::linear"):
+            op(x, weights, biases)
+
+
 class Model(nn.Module):
     """Two plain linear layers, one of a subclass, one whose forward is taken; the head is tied to the embedding."""
 

@@ -291,6 +291,20 @@ def test_device_map_at_load(tmp_path: Any) -> None:
     check_against_argmax_loop(AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}))
 
 
+def test_a_layer_on_disk(tmp_path: Any) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    tiny_models.build("llama").save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places["model.layers.1"] = "disk"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    check_against_argmax_loop(model)
+    with pytest.raises(UnsupportedModelError, match="compile=True is impossible"):
+        Engine(model, compile=True)
+
+
 def test_offloaded_weights_work() -> None:
     """Weights on the meta device until a hook loads them: what cpu_offload leaves in memory between forwards."""
     accelerate = pytest.importorskip("accelerate")

@@ -188,6 +188,16 @@ def _rehash(old: TableArrays, new: TableArrays) -> None:
     new.clock[0] = old.clock[0]
 
 
+def _newest(keys: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+    """Indices of one row a key, the one with the largest stamp (of equals the first), by ascending stamp."""
+    order = np.lexsort((-stamps, *keys.T))  # stable
+    ordered = keys[order]
+    first = np.ones(len(order), np.bool_)
+    first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    kept = order[first]
+    return kept[np.argsort(stamps[kept], kind="stable")]
+
+
 class ContextTable:
     """Bounded table of the model's own next-token guesses by the last 1..3 tokens.
 
@@ -241,7 +251,29 @@ class ContextTable:
         """Replace the content by a saved one.
 
         Raises:
-            ValueError: arrays are missing or do not fit together, or hold more tokens a row than k.
+            ValueError: arrays are missing or do not fit together, hold more tokens a row than k, or numbers that no table has;
+                nothing is changed then.
+        """
+        self._replace(self.checked(state))
+
+    def merge_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take in another table's rows. Where both know a context, the row with the larger stamp stays, on a tie the own one.
+
+        Tables that began with one state count their writes on from its clock, so that a row which only one of them has written
+        since is that one's. Where that is more than the table holds, the rows written last stay.
+
+        Raises:
+            ValueError: as load_state; nothing is changed then.
+        """
+        own, theirs = self.state(), self.checked(state)
+        both = {name: np.concatenate([own[name], theirs[name]]) for name in own if name != "clock"}
+        self._replace({**both, "clock": np.maximum(own["clock"], theirs["clock"])})
+
+    def checked(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays of a `state()`, fit for the kernels.
+
+        Raises:
+            ValueError: as load_state.
         """
         missing = [name for name in _STATE if name not in state]
         if missing:
@@ -253,11 +285,25 @@ class ContextTable:
                 raise ValueError(
                     f"state[{name!r}] has shape {state[name].shape}, expected {shape}: saved with another k or damaged"
                 )
+            if state[name].dtype != getattr(self.arrays, name).dtype:
+                raise ValueError(f"state[{name!r}] is {state[name].dtype}, expected {getattr(self.arrays, name).dtype}: damaged")
+        keys, probs = state["keys"], state["probs"]
+        padded = (keys[:, 1:] >= 0) | ((keys[:, 1:] == _EMPTY) & (keys[:, :-1] == _EMPTY))  # no gap behind a token
+        if not (padded.all() and (keys[:, -1] >= 0).all() and (keys >= _EMPTY).all() and (keys != -1).all()):
+            raise ValueError("state['keys'] holds what is no context: damaged")
+        if (state["tokens"] < -1).any() or (state["stamps"] < 0).any() or (state["clock"] < 0).any():
+            raise ValueError("state holds negative tokens, stamps or clocks: damaged")
+        if not ((probs >= 0) & (probs <= 1.001)).all():
+            raise ValueError("state['probs'] must be in [0, 1]: damaged")
+        return {name: np.ascontiguousarray(state[name]) for name in _STATE}
+
+    def _replace(self, state: dict[str, np.ndarray]) -> None:
+        """Hold these rows and no others."""
+        kept = _newest(state["keys"], state["stamps"])
+        rows = {name: state[name][kept] for name in _STATE if name != "clock"}
         self.clear()
-        self._make_room(rows)
-        kept = {name: np.ascontiguousarray(state[name], getattr(self.arrays, name).dtype) for name in _STATE}
-        saved = self.arrays._replace(**kept)
-        _rehash(saved, self.arrays)
+        self._make_room(len(kept))
+        _rehash(self.arrays._replace(**rows, clock=state["clock"]), self.arrays)
 
     def _make_room(self, new: int) -> None:
         """Double while `new` rows more than fill half of the slots."""

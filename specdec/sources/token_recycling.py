@@ -279,6 +279,20 @@ class AdjacencyTable:
         self._arrays.scores[seen] = arrays["unigram_scores"]
         _insert_pairs(*self._arrays, arrays["bigram_keys"], arrays["bigram_tokens"], arrays["bigram_scores"])
 
+    def merge_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take in another table's `state()`: the rows of tokens and pairs that are unknown here; the own ones stay.
+
+        Raises:
+            ValueError: as load_state.
+        """
+        theirs, own = _validated(state, self.vocab_size, self.k), self.state()
+        merged = {"header": own["header"]}
+        for tier, key in (("unigram", "unigram_ids"), ("bigram", "bigram_keys")):
+            new = ~np.isin(theirs[key], own[key])
+            for name in (name for name in _LAYOUT if name.startswith(tier)):
+                merged[name] = np.concatenate([theirs[name][new], own[name]])  # where a set is full, the later ones stay
+        self.load_state(merged)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state()` as safetensors; a crash leaves the old file or the new one, never half of one."""
         target = Path(path)

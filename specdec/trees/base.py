@@ -4,7 +4,8 @@ Life cycle of one request: start -> observe_prompt (once a prefill chunk) -> (bu
 sources and forwards these calls to them; per-request state is keyed by `seq.id` and freed in `finish`; what was learned across
 requests lives until `reset`.
 
-More attributes a builder may have: `rule`, the acceptance rule of its trees ("match" without it, see specdec.verify.rules);
+More attributes a builder may have: `merge_state(state)`, which takes in what another engine's builder learned (without it an engine
+keeps to its own, see Engine.share_state); `rule`, the acceptance rule of its trees ("match" without it, see specdec.verify.rules);
 `compiles = False`, if it runs no numba kernels that the engine should have compiled before the first request; `parts`, the builders
 that it is made of; `model`, its DraftModel.
 """

@@ -33,6 +33,7 @@ __all__ = ["BestFirst"]
 
 MIN_PROB = 0.001  # less probable nodes are not worth their host time, whatever the budget
 MAX_DEPTH = 64
+_NONE = np.zeros(0)
 RESUME = 1.05  # speculation resumes at this predicted gain over plain steps, and ends below 1
 
 
@@ -143,17 +144,20 @@ def _rivals(evidence: Evidence, parent: int, tokens: np.ndarray, probs: np.ndarr
 @njit
 def _grow(
     own: IndexArrays, shared: IndexArrays, table: TableArrays, rivals: np.ndarray, rival_probs: np.ndarray,
-    calibration: Calibration, evidence: Evidence, max_depth: int, growth: _Growth,
+    calibration: Calibration, evidence: Evidence, max_depth: int, growth: _Growth, seconds: np.ndarray, slopes: np.ndarray,
+    host_seconds: float,
 ) -> int:  # fmt: skip
     """Fill `growth` from node 1 on (node 0 is given); returns the number of nodes N.
 
     Every node below N gets its evidence, leaves too: a walk that ends there learns from their candidates. `rivals` and
-    `rival_probs` [R] come with the root's and are overwritten.
+    `rival_probs` [R] come with the root's and are overwritten. With `CostModel.slopes` growth ends where no larger tree can pay;
+    empty arrays: it fills the room.
     """
     tokens, parents, path_probs, depths = growth.tokens, growth.parents, growth.path_probs, growth.depths
     following, heap, keys = growth.following, growth.heap, growth.keys
     budget = len(tokens)
     size, count, node = 0, 1, 0
+    expected, best = path_probs[0], 1.0 / seconds[1] if len(seconds) > 1 else 0.0
     while True:
         if node > 0:
             _rivals(evidence, parents[node], rivals, rival_probs)
@@ -166,12 +170,17 @@ def _grow(
             size += 1
         if count == budget or size == 0 or keys[heap[0]] < MIN_PROB:
             return count
+        if count < len(seconds) and seconds[count] > 0.0:
+            best = max(best, expected / (seconds[count] + host_seconds))
+            if keys[heap[0]] <= best * slopes[count]:
+                return count
         parent, node = heap[0], count
         choice = evidence.order[parent, following[parent]]
         tokens[node] = evidence.tokens[parent, choice]
         parents[node] = parent
         growth.sources[node] = _source(evidence.buckets[parent, choice])
         path_probs[node] = keys[parent]
+        expected += keys[parent]
         depths[node] = depths[parent] + 1
         for place in range(TAIL - 1):
             evidence.tails[node, place] = evidence.tails[parent, place + 1]
@@ -190,6 +199,12 @@ def _grow(
 def _learn_path(evidence: Evidence, nodes: np.ndarray, outcomes: np.ndarray, calibration: Calibration) -> None:
     for step in range(len(nodes)):
         learn(evidence, nodes[step], outcomes[step], calibration)
+
+
+def _texts(tokens: np.ndarray) -> list[bytes]:
+    """The texts of a stream, each with the SEPARATOR that ends it."""
+    ends = np.flatnonzero(tokens == SEPARATOR) + 1
+    return [part.tobytes() for part in np.split(tokens, ends) if part.size]
 
 
 class BestFirst:
@@ -244,7 +259,8 @@ class BestFirst:
 
     def build(self, seqs: Seq[Sequence], budgets: Seq[int], depths: Seq[int]) -> list[DraftTree]:
         """One tree a row; with a cost model all rows get the one size that pays best for the batch."""
-        trees = [self._build(seq, budget, depth) for seq, budget, depth in zip(seqs, budgets, depths)]
+        costs = self.cost_model if len(seqs) == 1 else None  # of a batch a row's own nodes do not tell which size pays
+        trees = [self._build(seq, budget, depth, costs) for seq, budget, depth in zip(seqs, budgets, depths)]
         if self.cost_model is None or not trees:
             return trees
         size = self._best_size(trees, max(len(seq.token_ids) for seq in seqs))
@@ -285,31 +301,64 @@ class BestFirst:
         """Inverse of state().
 
         Raises:
-            ValueError: an array is missing or has another shape.
+            ValueError: an array is missing or has another shape, or holds what none of this vocabulary does; nothing is changed.
         """
-        fresh = initial()
-        for name, array in fresh._asdict().items():
-            found = state.get(f"calibration.{name}")
-            if found is None or found.shape != array.shape:
-                raise ValueError(f"state has no calibration.{name} of shape {array.shape}; pass what BestFirst.state() returned")
-        if "shared.tokens" not in state:
-            raise ValueError("state has no shared.tokens; pass what BestFirst.state() returned")
-        self._table.load_state({name[6:]: array for name, array in state.items() if name.startswith("table.")})
-        learned = [np.array(state[f"calibration.{name}"], np.float64) for name in Calibration._fields]
-        self._calibrations[SamplingParams()] = Calibration(*learned)
-        self._shared.clear()
-        self._shared.extend(state["shared.tokens"])
+        table, calibration, texts = self._checked(state)
+        self._table.load_state(table)
+        self._set(calibration, texts)
 
-    def _build(self, seq: Sequence, budget: int, depth: int) -> DraftTree:
+    def merge_state(self, state: Mapping[str, Any]) -> None:
+        """Take in what another builder learned: rows of the table as ContextTable.merge_state, of all texts each once, the other's
+        before those that are only here (the oldest are forgotten first), and the calibration with more trials.
+
+        Raises:
+            ValueError: as load_state.
+        """
+        table, theirs, texts = self._checked(state)
+        own = self._calibrations[SamplingParams()]
+        self._table.merge_state(table)
+        merged = list(dict.fromkeys([*_texts(texts), *_texts(self._shared.tokens)]))
+        calibration = theirs if theirs.trials.sum() > own.trials.sum() else own
+        self._set(calibration, np.frombuffer(b"".join(merged), np.int32))
+
+    def _set(self, calibration: Calibration, texts: np.ndarray) -> None:
+        self._calibrations[SamplingParams()] = calibration
+        self._shared.clear()
+        self._shared.extend(texts)
+
+    def _checked(self, state: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Calibration, np.ndarray]:
+        """The table's arrays, the calibration and the texts of a state."""
+        learned = []
+        for name, array in initial()._asdict().items():
+            found = state.get(f"calibration.{name}")
+            if found is None or found.shape != array.shape or found.dtype.kind != "f" or not np.isfinite(found).all():
+                raise ValueError(f"state has no calibration.{name} of shape {array.shape}; pass what BestFirst.state() returned")
+            learned.append(np.array(found, np.float64))
+        calibration = Calibration(*learned)
+        if not ((calibration.trials > 0) & (calibration.success >= 0)).all():
+            raise ValueError("state's calibration counts fewer than 0 successes or no trials: damaged")
+        texts = state.get("shared.tokens")
+        if texts is None or texts.ndim != 1 or texts.dtype != np.int32:
+            raise ValueError("state has no shared.tokens of one dimension; pass what BestFirst.state() returned")
+        table = self._table.checked({name[6:]: array for name, array in state.items() if name.startswith("table.")})
+        for name, tokens in {"shared.tokens": texts, "table.tokens": table["tokens"], "table.keys": table["keys"]}.items():
+            if tokens.size and (tokens.max() >= self.vocab_size or (name == "shared.tokens" and tokens.min() < SEPARATOR)):
+                raise ValueError(f"state's {name} has ids outside [0, {self.vocab_size}); was it saved with another tokenizer?")
+        return table, calibration, texts
+
+    def _build(self, seq: Sequence, budget: int, depth: int, costs: CostModel | None) -> DraftTree:
+        """A tree of `budget` nodes, or with costs of as many as may pay."""
         request = self._requests[seq.id]
         request.catch_up(seq)
         evidence = new_evidence(budget)
         tail = seq.token_ids[-TAIL:]
         evidence.tails[0, TAIL - len(tail) :] = tail
         growth = _room(budget, tail[-1])
+        seconds, slopes = (_NONE, _NONE) if costs is None else costs.slopes(len(seq.token_ids))
         count = _grow(
             request.index.arrays, self._shared.arrays, self._table.arrays, request.rivals.copy(), request.rival_probs.copy(),
-            self._calibrations[seq.params], evidence, min(depth, MAX_DEPTH), growth,
+            self._calibrations[seq.params], evidence, min(depth, MAX_DEPTH), growth, seconds, slopes,
+            0.0 if costs is None else costs.host_seconds,
         )  # fmt: skip
         return DraftTree(
             growth.tokens[:count],

@@ -8,6 +8,7 @@ is made; at .3 tokens it would not be. Whether to draft at all is not decided he
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,10 +32,11 @@ LONGEST_SPINE = 15
 
 
 class Costs(NamedTuple):
-    """Measured seconds of a forward."""
+    """Measured seconds of a forward, and the clock that goes on measuring them."""
 
     target: CostModel
     drafter: CostModel
+    clock: Callable[[], float] = time.perf_counter
 
 
 class Edges(NamedTuple):
@@ -163,7 +165,7 @@ class TreeByModel:
         self._match: dict[int, int] = {}  # request -> tokens of context that the spine's text shares
         self.sizes_itself = costs is not None
         self.forwards = 0  # of the drafter, for statistics
-        self.clock = time.perf_counter
+        self.clock = time.perf_counter if costs is None else costs.clock
         self.trusts: PerClass[Trust] = PerClass(Trust)
 
     def plan(self, **shared: Any) -> Plan:

@@ -12,7 +12,7 @@ No verdict depends on it: with `match` the text is the same whichever arm drafts
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +173,17 @@ class ByRate:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Inverse of state()."""
+        for arm, own in self._split(state):
+            arm.builder.load_state(own)
+
+    def merge_state(self, state: Mapping[str, Any]) -> None:
+        """What each arm can take in of another ByRate's; the rates are this engine's own."""
+        for arm, own in self._split(state):
+            if (merge := getattr(arm.builder, "merge_state", None)) is not None:
+                merge(own)
+
+    def _split(self, state: Mapping[str, Any]) -> Iterator[tuple[_Arm, dict[str, Any]]]:
+        """Each arm and what is its."""
         for arm in self._arms:
             prefix = f"{arm.name}."
-            arm.builder.load_state({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
+            yield arm, {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}

@@ -462,11 +462,29 @@ class Goose:
         Raises:
             ValueError: not a state of this builder, or one for another vocabulary or top_k; nothing is changed then.
         """
+        counts = self._counts_of(state)
+        self.table.load_state({name: array for name, array in state.items() if name != "goose_counts"})
+        self._set_counts(counts)
+
+    def merge_state(self, state: dict[str, Any]) -> None:
+        """Take in what another builder learned: rows of the table that are unknown here, and the counts of whoever saw more.
+
+        Raises:
+            ValueError: as load_state; nothing is changed then.
+        """
+        counts = self._counts_of(state)
+        self.table.merge_state(state)
+        if counts[:, 1].sum() > self._counts[:, 1].sum():
+            self._set_counts(counts)
+
+    def _counts_of(self, state: dict[str, Any]) -> np.ndarray:
         counts = np.asarray(state.get("goose_counts", np.zeros_like(self._counts)), np.float64)
         if counts.shape != self._counts.shape or not np.isfinite(counts).all():
             raise ValueError(
                 f"goose_counts must be {self._counts.shape} finite numbers, got shape {counts.shape}; drop it to start anew"
             )
-        self.table.load_state({name: array for name, array in state.items() if name != "goose_counts"})
+        return counts
+
+    def _set_counts(self, counts: np.ndarray) -> None:
         self._counts[:] = counts
         self.rates[:] = (counts[:, 0] + PRIOR_WEIGHT * self._prior) / (counts[:, 1] + PRIOR_WEIGHT)
