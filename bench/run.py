@@ -12,7 +12,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,12 +30,13 @@ from .environment import environment
 from .log import Log
 from .metrics import medians
 from .report import WIDTH, print_tables, summary
-from .runners import EngineRunner, Runner, make_runners
+from .runners import EngineRunner, Runner, make_runners, parse_budgets
 from .tasks import DEFAULT_DATA, Message, Task, encode, load_tasks
 
 __all__ = ["main", "run_all"]
 
 MODES = ("cold", "warm")
+WARM_UP_TOKENS = 32
 WARM_UP = Task("warm-up", "warm-up", "Count from one to twenty in words, then count again from one to twenty in words.")
 CONTEXTS = (256, 2048)  # of the cost curves in the log
 
@@ -118,6 +119,7 @@ def run_all(
 
 def _warm_up(runners: list[Runner], tokenizer: Any, params: specdec.SamplingParams, batch: int) -> None:
     """Compile, measure costs, check the model: once, not timed, and forgotten."""
+    params = replace(params, max_new_tokens=min(params.max_new_tokens, WARM_UP_TOKENS))
     for runner in runners:
         runner.run([WARM_UP] * batch, [encode(tokenizer, WARM_UP)] * batch, params)
         runner.reset()
@@ -141,13 +143,6 @@ def _costs(runners: list[Runner]) -> dict[str, Any]:
     }
 
 
-def _budgets(text: str) -> list[int | str]:
-    try:
-        return [part if part == "auto" else int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"budget must be auto or integers, separated by commas, got {text!r}") from error
-
-
 def _available(methods: list[str], console: Console) -> list[str]:
     """The methods whose packages are there; the others are named and skipped.
 
@@ -155,12 +150,78 @@ def _available(methods: list[str], console: Console) -> list[str]:
         ValueError: none is left.
     """
     reason = missing_arctic()
-    skipped = [method for method in methods if method in ARCTIC and reason]
+    skipped = [method for method in methods if method.partition("@")[0] in ARCTIC and reason]
     if len(skipped) == len(methods):
         raise ValueError(f"methods {', '.join(methods)}: {reason}")
     for method in skipped:
         console.print(f"skipped: {method}, {reason}", style="yellow", markup=False, soft_wrap=True)
     return [method for method in methods if method not in skipped]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is measured, of any tasks."""
+
+    methods: list[str]
+    budgets: list[int | str]
+    params: specdec.SamplingParams
+    model: str | None
+    dtype: str
+    drafter: str | None
+    share_prefill: bool
+    mode: str
+    rounds: int
+    batch: int
+    settings: dict[str, Any]  # of the log; the loaded model's are added
+
+
+def _measure(plan: _Plan, tasks: list[Task], out: Path | None, console: Console) -> tuple[Log, list[str]]:
+    """Load the model and run what is pending: the log and the labels of the methods."""
+    loaded, tokenizer = load(plan.model, plan.dtype)
+    settings = {**plan.settings, "dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device), **environment()}
+    log = Log(out, settings)
+    drafter: Any = plan.drafter
+    if drafter is not None and not is_own(drafter):
+        drafter = load_drafter(drafter, loaded, tokenizer)  # once, for all engines and peers
+    runners = make_runners(loaded, tokenizer, plan.methods, plan.budgets, plan.share_prefill, drafter, plan.batch)
+    window = _window(loaded, plan.params.max_new_tokens)
+    run_all(tasks, runners, tokenizer, plan.params, log, plan.mode == "warm", console, plan.rounds, plan.batch, window)
+    return log, [runner.label for runner in runners]
+
+
+def _spread(plan: _Plan, tasks: list[Task], out: Path | None, workers: int) -> tuple[Log, list[str]]:
+    """The same with the tasks dealt to Ray workers, each with a model and engines of its own; rows are in the log as parts end.
+
+    Raises:
+        ValueError: `out` exists, for what a worker has left half done cannot go on.
+        ImportError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ImportError("--ray needs ray; fix: pip install 'specdec[ray]'") from error
+    if out is not None and out.exists():
+        raise ValueError(f"out must be a new file with --ray, got {out}")
+    second = [task for task in tasks if task.follows]
+    parts = [[task for task in tasks if not task.follows][worker::workers] for worker in range(workers)]
+    for part in parts:  # a second turn is where its first is
+        leaders = {task.id for task in part}
+        part += [task for task in second if task.follows in leaders]
+    if not all(parts):
+        raise ValueError(f"ray must be at most the number of prompts, got {workers}")
+    if not ray.is_initialized():
+        ray.init(num_cpus=workers, include_dashboard=False)
+    measure = ray.remote(_measure).options(num_cpus=1, max_retries=0)  # a second try would be measured on a warm machine
+    running = [measure.remote(plan, part, None, Console(quiet=True)) for part in parts]
+    log = None
+    while running:
+        (ended,), running = ray.wait(running)
+        found, labels = ray.get(ended)
+        log = Log(out, found.settings) if log is None else log
+        log.note_costs(found.costs)
+        log.add(found.rows)
+    assert log is not None
+    return log, labels
 
 
 def _window(model: Any, max_new_tokens: int) -> int | None:
@@ -186,8 +247,8 @@ def main(
     methods: Annotated[
         str,
         typer.Option(
-            help="methods of specdec, suffix_arctic and suffix_arctic_tree, each also with +compile; model.generate, prompt_lookup and "
-            "assisted; separated by commas"
+            help="methods of specdec, suffix_arctic and suffix_arctic_tree, each also with +compile and a budget of its own (goose@16); "
+            "model.generate, prompt_lookup and assisted; separated by commas"
         ),
     ] = "none,auto,model.generate,prompt_lookup",
     drafter: Annotated[str | None, typer.Option(help="a folder or hub name, early_exit:8 or mtp")] = None,
@@ -207,6 +268,12 @@ def main(
         bool, typer.Option(help="prefill each prompt once for all of specdec's methods (tokens a step stay the same)")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="JSON-lines file; what is finished in it is not run again")] = None,
+    ray: Annotated[
+        int,
+        typer.Option(
+            min=0, help="spread the prompts over so many Ray workers; on one machine their times are those of a busy one"
+        ),
+    ] = 0,
 ) -> None:
     """Compare methods on the same prompts."""
     console = Console(stderr=True)
@@ -215,30 +282,24 @@ def main(
             raise ValueError(f"mode must be cold or warm, got {mode!r}")
         params = specdec.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         chosen = load_tasks(data, tasks, limit, [name for name in groups.split(",") if name])
-        names, budgets = _available(methods.split(","), console), _budgets(budget)
-        loaded, tokenizer = load(model, dtype)
+        names, budgets = _available(methods.split(","), console), parse_budgets(budget)
         settings = {
-            "tasks": tasks, "mode": mode, "batch": batch, "model": model or "embedded", "dtype": str(loaded.dtype).removeprefix("torch."),
-            "drafter": drafter, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "share_prefill": share_prefill,
-            "device": str(loaded.device), **environment(),
+            "tasks": tasks, "mode": mode, "batch": batch, "model": model or "embedded", "drafter": drafter,
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "share_prefill": share_prefill,
         }  # fmt: skip
         if mode == "warm" or batch > 1:  # what an engine knows, or has beside it, depends on which prompts there are
             settings |= {"groups": groups, "limit": limit}
-        log = Log(out, settings)
-        loaded_drafter = drafter
-        if drafter is not None and not is_own(drafter):
-            loaded_drafter = load_drafter(drafter, loaded, tokenizer)  # once, for all engines and peers
-        runners = make_runners(loaded, tokenizer, names, budgets, share_prefill, loaded_drafter, batch)
-        window = _window(loaded, max_new_tokens)
-        run_all(chosen, runners, tokenizer, params, log, mode == "warm", console, rounds, batch, window)
-    except ValueError as error:
+        if ray:
+            settings["ray"] = ray
+        plan = _Plan(names, budgets, params, model, dtype, drafter, share_prefill, mode, rounds, batch, settings)
+        log, labels = _spread(plan, chosen, out, ray) if ray else _measure(plan, chosen, out, console)
+    except (ValueError, ImportError) as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
-    labels = [runner.label for runner in runners]
     kept = {task.id for task in chosen}
     rows = medians(row for row in log.rows if row.method in labels and row.task in kept and row.round < rounds)
     print_tables(rows, labels, Console(width=max(WIDTH, Console().width)))
-    print(json.dumps({"bench": "run", "settings": settings, "rounds": rounds, **summary(rows, labels)}))
+    print(json.dumps({"bench": "run", "settings": log.settings, "rounds": rounds, **summary(rows, labels)}))
     sys.stdout.flush()
 
 

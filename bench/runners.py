@@ -218,6 +218,18 @@ def peer_options(label: str, drafter: Any) -> dict[str, Any]:
     return {"assistant_model": drafter} if layers is None else {"assistant_early_exit": layers}
 
 
+def parse_budgets(text: str) -> list[int | str]:
+    """Node budgets, separated by commas.
+
+    Raises:
+        ValueError: neither auto nor an integer.
+    """
+    try:
+        return [part if part == "auto" else int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"budget must be auto or integers, separated by commas, got {text!r}") from error
+
+
 def make_runners(
     model: Any,
     tokenizer: Any,
@@ -230,6 +242,7 @@ def make_runners(
     """One runner a peer and for "none", one a budget for every other method; their engines may share each prompt's prefill.
 
     Args:
+        methods: names; "goose@16" has a budget of its own.
         drafter: for the methods of DRAFTER_METHODS, "auto" and "assisted": a model, "early_exit:8" or "mtp".
         batch: most prompts of a run.
 
@@ -238,7 +251,8 @@ def make_runners(
     """
     runners: list[Runner] = []
     memory: PrefixMemory | None = {} if share_prefill else None
-    for method in methods:
+    for entry in methods:
+        method, _, own_budget = entry.partition("@")
         if batch > 1 and method in ONE_AT_A_TIME:
             raise ValueError(
                 f"methods has {method!r}, which transformers runs one prompt at a time; fix: leave it out, or --batch 1"
@@ -246,16 +260,16 @@ def make_runners(
         name = method.removesuffix(COMPILED)
         if name in ARCTIC and (reason := missing_arctic()):
             raise ValueError(f"methods has {method!r}: {reason}")
-        if method in PEERS:
+        if method in PEERS and not own_budget:
             runners.append(PeerRunner(model, method, drafter))
         elif name in {*specdec.METHODS, *specdec.DRAFTER_METHODS, *ARCTIC}:
-            each = budgets[:1] if name == BASELINE else budgets
+            each = parse_budgets(own_budget) if own_budget else budgets[:1] if name == BASELINE else budgets
             own = drafter if name in specdec.DRAFTER_METHODS or name == "auto" else None
             rows = max(batch, MAX_ROWS)
             runners.extend(EngineRunner(model, tokenizer, method, budget, memory, own, rows) for budget in each)
         else:
             names = [*specdec.METHODS, *specdec.DRAFTER_METHODS, *ARCTIC, *PEERS]
             raise ValueError(
-                f'methods must be among {", ".join(names)}, all but the last {len(PEERS)} also with "+compile", got {method!r}'
+                f'methods must be among {", ".join(names)}, all but the last {len(PEERS)} also with "+compile" and "@budget", got {entry!r}'
             )
     return runners

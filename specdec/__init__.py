@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from specdec.hf import accelerate, generate
     from specdec.methods import DRAFTER_METHODS, METHODS
     from specdec.models import load
+    from specdec.search.reason import ReasonResult, reason, reason_all
     from specdec.sequence import SamplingParams
 
 __version__ = "0.1.0"
@@ -23,12 +24,15 @@ __all__ = [
     "METHODS",
     "DraftTree",
     "Engine",
+    "ReasonResult",
     "Result",
     "SamplingParams",
     "__version__",
     "accelerate",
     "generate",
     "load",
+    "reason",
+    "reason_all",
 ]
 
 _HOME = {
@@ -41,6 +45,9 @@ _HOME = {
     "accelerate": "hf",
     "generate": "hf",
     "load": "models",
+    "ReasonResult": "search.reason",
+    "reason": "search.reason",
+    "reason_all": "search.reason",
 }
 
 

@@ -1,4 +1,4 @@
-"""specdec generate | chat | bench | info: the engine from a shell. Text goes to stdout, everything else to stderr."""
+"""specdec generate | chat | reason | serve | info | bench: the engine from a shell. Text goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -19,6 +18,24 @@ from rich.console import Console
 from rich.table import Table
 
 import specdec
+from specdec.search.cli import reason
+from specdec.serve.cli import serve
+from specdec.terminal import (
+    BudgetOption,
+    CompileOption,
+    DrafterOption,
+    DtypeOption,
+    MaxNewTokensOption,
+    MethodOption,
+    ModelOption,
+    SeedOption,
+    TemperatureOption,
+    TopPOption,
+    clean_errors,
+    console,
+    facts_table,
+    load_engine,
+)
 
 if TYPE_CHECKING:
     from specdec.engine import Engine, Result
@@ -31,26 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Faster generation from an existing Hugging Face model, with unchanged output.",
 )
-console = Console(stderr=True)
-
-ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="local folder or hub name; default: the embedded model")]
-DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32")]
-MethodOption = Annotated[
-    str,
-    typer.Option(
-        help="drafting method: auto, none, ngram, suffix, token_recycling, goose, best_first; with --drafter: draft_model, spectr, "
-        "optimal_transport, without_replacement, hybrid, traversal, block"
-    ),
-]
-DrafterOption = Annotated[
-    str | None, typer.Option(help='draft model: folder or hub name, "early_exit:8" (its own first 8 layers) or "mtp"')
-]
-CompileOption = Annotated[bool, typer.Option("--compile", help="compile the steps for this machine, once (a minute or two)")]
-BudgetOption = Annotated[str, typer.Option(help="most nodes of a draft tree, or auto: from the measured costs")]
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", help="most tokens to generate")]
-TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy")]
-TopPOption = Annotated[float, typer.Option(help="1 is off")]
-SeedOption = Annotated[int | None, typer.Option(help="fixes the text of a sampled answer")]
 
 
 @app.command()
@@ -72,10 +69,10 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="print the answer when it is complete, and what it took")] = False,
 ) -> None:
     """Complete one prompt."""
-    with _clean_errors():
+    with clean_errors():
         params = specdec.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         text = sys.stdin.read() if prompt == "-" else prompt
-        engine = _engine(model, dtype, method, budget, drafter, compile)
+        engine = load_engine(model, dtype, method, budget, drafter, compile)
         request = _request(engine.tokenizer, text, chat)
         if not stats:
             _print_stream(engine, request, params)
@@ -102,9 +99,9 @@ def chat(
     system: Annotated[str | None, typer.Option(help="system message")] = None,
 ) -> None:
     """Talk to the model. /reset starts over; an empty line, /quit or Ctrl-D ends; Ctrl-C stops an answer."""
-    with _clean_errors():
+    with clean_errors():
         params = specdec.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        engine = _engine(model, dtype, method, budget, drafter, compile)
+        engine = load_engine(model, dtype, method, budget, drafter, compile)
         if not getattr(engine.tokenizer, "chat_template", None):
             raise ValueError("model must have a chat template to chat; use `specdec generate --raw`")
         opening = [{"role": "system", "content": system}] if system else []
@@ -115,6 +112,10 @@ def chat(
                 continue
             messages.append({"role": "user", "content": line})
             messages.append({"role": "assistant", "content": _print_stream(engine, messages, params)})
+
+
+app.command()(reason)
+app.command()(serve)
 
 
 @app.command()
@@ -128,17 +129,17 @@ def info(
     costs: Annotated[bool, typer.Option("--costs/--no-costs", help="load the model and measure its forward")] = True,
 ) -> None:
     """Versions, device, which operators run, and what a forward of the model costs here."""
-    with _clean_errors():
+    with clean_errors():
         _print_facts("specdec", _environment())
         if costs:
-            engine = _engine(model, dtype, method, budget, drafter, compile)
+            engine = load_engine(model, dtype, method, budget, drafter, compile)
             _print_facts("engine", engine.info())
 
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def bench(context: typer.Context) -> None:
     """Compare methods and peers on the same prompts; `specdec bench --help` lists the options."""
-    with _clean_errors():
+    with clean_errors():
         command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         command.command()(_bench_main())
         command(args=context.args, prog_name="specdec bench")
@@ -152,29 +153,6 @@ def main() -> None:
 # ---- pieces ----------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _clean_errors() -> Iterator[None]:
-    """What a user can mend is one line on stderr and exit status 2, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        raise typer.Exit(130) from error
-
-
-def _engine(model: str | None, dtype: str, method: str, budget: str, drafter: str | None, compile: bool) -> Engine:
-    nodes = _budget(budget)
-    if method not in (names := [*specdec.METHODS, *specdec.DRAFTER_METHODS]):
-        raise ValueError(f"method must be one of {', '.join(names)}, got {method!r}")
-    with console.status(f"loading {model or 'the embedded model'}"):
-        _quiet_transformers()
-        loaded, tokenizer = specdec.load(model, dtype)
-        return specdec.Engine(loaded, tokenizer, method=method, budget=nodes, drafter=drafter, compile=compile)
-
-
 def _bench_main() -> Callable[..., None]:
     """The benchmark's own command: specdec.bench where specdec is installed, the folder bench/ in a checkout."""
     name = "specdec.bench" if find_spec("specdec.bench") else "bench"
@@ -183,21 +161,6 @@ def _bench_main() -> Callable[..., None]:
         raise ImportError("specdec bench needs the package specdec.bench; fix: pip install --force-reinstall --no-deps specdec")
     run: Callable[..., None] = import_module(f"{name}.run").main
     return run
-
-
-def _budget(text: str) -> int | str:
-    if text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"budget must be auto or an integer >= 1, got {text!r}")
-    return int(text)
-
-
-def _quiet_transformers() -> None:
-    """No progress bars of weight loading between the prompt and the answer."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _request(tokenizer: Any, text: str, chat: bool | None) -> str | list[dict[str, str]]:
@@ -243,7 +206,7 @@ def _statistics(result: Result, seconds: float) -> Table:
             f"{part} {1000 * spent / max(result.steps, 1):.2f}" for part, spent in result.times.items() if part != "prefill"
         ),
     }
-    return _facts_table(facts)
+    return facts_table(facts)
 
 
 def _environment() -> dict[str, Any]:
@@ -290,26 +253,7 @@ def _version(package: str) -> str:
 def _print_facts(title: str, facts: dict[str, Any]) -> None:
     output = Console()
     output.print(f"[bold]{title}")
-    output.print(_facts_table(facts))
-
-
-def _facts_table(facts: dict[str, Any]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(name, _fact(value))
-    return table
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_fact(item)}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_fact(item) for item in value)
-    return str(value)
+    output.print(facts_table(facts))
 
 
 if __name__ == "__main__":

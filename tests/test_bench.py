@@ -196,7 +196,7 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path, tiny_tokenizer):
     path.write_text(path.read_text()[:-5])
     assert Log(path, SETTINGS).rows == rows[:-1]
     path.write_text("not a log\n")
-    with pytest.raises(ValueError, match=r"run.jsonl was not written by bench.run"):
+    with pytest.raises(ValueError, match=r"run.jsonl is no log of this benchmark"):
         Log(path, SETTINGS)
 
 
@@ -243,6 +243,11 @@ def test_log_refuses_other_settings(tmp_path):
 def test_make_runners(tiny_llama, tiny_tokenizer):
     runners = make_runners(tiny_llama, tiny_tokenizer, ["none", "ngram", "model.generate"], [4, 8])
     assert [runner.label for runner in runners] == ["none", "ngram@4", "ngram@8", "model.generate"]
+    own = make_runners(tiny_llama, tiny_tokenizer, ["ngram@16", "suffix"], [4, 8])
+    assert [runner.label for runner in own] == ["ngram@16", "suffix@4", "suffix@8"]
+    for wrong in ("ngram@many", "model.generate@8"):
+        with pytest.raises(ValueError, match="@?many|@8"):
+            make_runners(tiny_llama, tiny_tokenizer, [wrong], [4])
     with pytest.raises(ValueError, match="got 'magic'"):
         make_runners(tiny_llama, tiny_tokenizer, ["magic"], [4])
     drafted = make_runners(tiny_llama, tiny_tokenizer, ["spectr", "assisted"], [4, 8], drafter="early_exit:1")

@@ -1,0 +1,91 @@
+"""What to do while a budget holds only a few chains: dive, go back to where a chain went wrong, finish in time (search.md 5.3 a, b).
+
+Step-wise search answers nothing where the budget holds less than about two chains. With B = the budget, L = tokens of a chain (both
+estimated as `ChainLength` says), each rule off where its factor is 0::
+
+    B < first_dive * L      follow one chain to its end before anything else
+    B < backtrack * L       then always extend, among the nodes that fit, the one that promised most and kept least:
+                            q(x) * (1 - the best mean q of a subtree below x); q of the prompt is 1, nothing below counts 0
+    left <= finish * cost   else, at the end: complete the best open leaf that fits; cost = tokens to finish the best one
+
+A node fits where finishing a chain from it costs at most slack * what is left. If nothing fits, the search stops where there is an
+answer, and goes on with the deepest leaf where there is none. Example of `backtrack`: below the prompt a chain of q = .9, .9, .1, .1;
+the second node promised .9 and its subtree below has mean .1, so .81; the first has .9 * (1 - .37); a second third step is drawn.
+(`backtrack` is not in the paper. On the synthetic reasoner it is worth more than every other rule: `python -m bench.controller`.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdec.search.budget import Budget
+from specdec.search.chain_length import ChainLength
+from specdec.search.request import Kind
+from specdec.search.search_tree import ROOT, NodeStatus, SearchTree
+
+__all__ = ["STOP", "WAIT", "SmallBudget", "best_leaf"]
+
+STOP = -1
+WAIT = -2
+
+
+@dataclass(frozen=True, slots=True)
+class SmallBudget:
+    """Factors of the rules above."""
+
+    first_dive: float = 3.0
+    backtrack: float = 8.0
+    finish: float = 1.3
+    slack: float = 1.1
+
+    def node(self, tree: SearchTree, budget: Budget, length: ChainLength) -> int | None:
+        """The node to extend now, WAIT for what is in flight, STOP, or None: search."""
+        chains = budget.total / length.chain(tree)
+        if chains < self.first_dive and not tree.answered_count and not tree.closed_count:
+            return WAIT if tree.virtual[ROOT] else _deepest(tree, tree.open_leaves())
+        if chains < self.backtrack:
+            return self._backtrack(tree, budget, length)
+        return self._finish(tree, budget, length)
+
+    def _backtrack(self, tree: SearchTree, budget: Budget, length: ChainLength) -> int:
+        open_nodes = [node for node in range(len(tree)) if _extensible(tree, node)]
+        fitting = [node for node in open_nodes if self._fits(tree, budget, length, node)]
+        if fitting:
+            return max(fitting, key=lambda node: (_regret(tree, node), tree.depth[node], -node))
+        if tree.virtual[ROOT]:
+            return WAIT
+        return STOP if tree.answered_count or not open_nodes else _deepest(tree, open_nodes)
+
+    def _finish(self, tree: SearchTree, budget: Budget, length: ChainLength) -> int | None:
+        left = budget.expected_left
+        if left > self.finish * length.step(tree) * length.depth(tree):  # no chain costs more
+            return None
+        leaves = sorted(tree.open_leaves(), key=lambda node: (-tree.q[node], -tree.depth[node], tree.tokens[node], node))
+        if not leaves or left > self.finish * length.to_finish(tree, leaves[0]):
+            return None
+        fitting = (leaf for leaf in leaves if self._fits(tree, budget, length, leaf))
+        return next(fitting, STOP if tree.answered_count else _deepest(tree, leaves))
+
+    def _fits(self, tree: SearchTree, budget: Budget, length: ChainLength, node: int) -> bool:
+        return length.to_finish(tree, node) <= self.slack * budget.expected_left
+
+
+def best_leaf(tree: SearchTree) -> int:
+    """Where a forced answer goes: the deepest text without an answer, the better-scored of equals; 0: there is none."""
+    texts = (NodeStatus.OPEN, NodeStatus.ENDED)
+    return _deepest(tree, [n for n in range(1, len(tree)) if tree.status[n] in texts and tree.kind[n] != Kind.FORCED])
+
+
+def _deepest(tree: SearchTree, nodes: list[int]) -> int:
+    return max(nodes, key=lambda node: (tree.depth[node], tree.q[node], -node), default=ROOT)
+
+
+def _extensible(tree: SearchTree, node: int) -> bool:
+    open_text = tree.status[node] == NodeStatus.OPEN and not tree.closed[node]
+    return open_text and not tree.pending[node] and tree.draws[node] < tree.cap(node)
+
+
+def _regret(tree: SearchTree, node: int) -> float:
+    """What a node promised and its subtree did not keep, in [0, 1]."""
+    below = max((tree.sum_q[child] / tree.visits[child] for child in tree.children[node]), default=0.0)
+    return (1.0 if node == ROOT else tree.q[node]) * (1.0 - below)

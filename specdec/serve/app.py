@@ -1,0 +1,360 @@
+"""The routes: /v1/completions, /v1/chat/completions, /v1/reason, /v1/models, /health, /metrics.
+
+A handler reads a request, submits a job to the scheduler, or a search, and waits for its events; it touches the engine only to encode text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from jinja2 import TemplateError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Receive, Scope, Send
+
+import specdec
+from specdec.engine import Engine
+from specdec.search.reason import ReasonResult
+from specdec.sequence import SamplingParams
+from specdec.serve.answers import ChatWriter, CompletionWriter, ReasonWriter, TextWriter, Writer, event
+from specdec.serve.gate import Gate
+from specdec.serve.metrics import Metrics
+from specdec.serve.protocol import ApiError, ChatRequest, CompletionRequest, ErrorAnswer, ReasonRequest, error_body
+from specdec.serve.scheduler import Ended, Failed, Job, Overloaded, Piece, Scheduler
+from specdec.serve.searches import Searches, Step
+
+__all__ = ["Limits", "make_app"]
+
+logger = logging.getLogger("specdec")
+POLL = 0.25  # seconds between two looks at whether the client is still there
+GRACE = 2.0  # seconds that whoever works on a late request has to say so itself
+Happening = Piece | Ended | Step | ReasonResult | Failed
+FAILURES = {
+    "error": (500, "the model failed on this request"),
+    "timeout": (504, "the request took longer than the server allows"),
+    "cancelled": (499, "the request was cancelled"),
+    "closed": (503, "the server is shutting down"),
+}
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        body: bytes.
+        new_tokens: max_tokens of a sample.
+        prompt_tokens: of a prompt; None: the model's context is the only limit.
+        samples: prompts times n.
+        waiting: samples that may wait for a row before further requests get 429.
+        searches: that run at once; each counts as so many samples as it is wide.
+        search_budget: tokens of a search.
+        seconds: from the arrival of a request to its last token.
+    """
+
+    body: int = 1 << 20
+    new_tokens: int = 4096
+    prompt_tokens: int | None = None
+    samples: int = 64
+    waiting: int = 256
+    searches: int = 2
+    search_budget: int = 20_000
+    seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("body", "new_tokens", "samples", "searches", "seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+
+
+def make_app(engine: Engine, name: str = "", limits: Limits | None = None, api_key: str | None = None) -> FastAPI:
+    """The server, as an ASGI application; its lifespan starts and stops the thread that owns the engine.
+
+    Args:
+        engine: with a tokenizer; nobody else may step it.
+        name: of the model in requests; "": the model's own.
+        limits: of requests.
+        api_key: None: everybody may ask.
+
+    Raises:
+        ValueError: no tokenizer, bad limits, or an empty key.
+    """
+    limits = limits or Limits()
+    scheduler = Scheduler(engine, limits.waiting)
+    server = _Server(engine, name or engine.target.name, limits, scheduler, Metrics(scheduler))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        scheduler.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(scheduler.close)
+            await run_in_threadpool(server.searches.close)
+
+    app = FastAPI(title="specdec", version=specdec.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, api_key=api_key, most=limits.body, metrics=server.metrics)
+    app.add_exception_handler(StarletteHTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(Exception, _internal_error)
+    app.state.scheduler = scheduler
+    _add_routes(app, server)
+    return app
+
+
+def _add_routes(app: FastAPI, server: _Server) -> None:
+    streams = {200: {"content": {"text/event-stream": {}}}, **ERRORS}
+
+    @app.post("/v1/completions", responses=streams)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await server.answer(body, request, CompletionWriter)
+
+    @app.post("/v1/chat/completions", responses=streams)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await server.answer(body, request, ChatWriter)
+
+    @app.post("/v1/reason", responses=streams)
+    async def reason(body: ReasonRequest, request: Request) -> Response:
+        return await server.reason(body, request)
+
+    @app.get("/v1/models", responses=ERRORS)
+    async def models() -> dict[str, Any]:
+        card = {"id": server.name, "object": "model", "created": server.started, "owned_by": "specdec"}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/health", responses=ERRORS)
+    async def health() -> dict[str, str]:
+        if not server.scheduler.alive:
+            raise ApiError(503, "the engine's thread has ended")
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **ERRORS})
+    async def metrics() -> Response:
+        return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Server:
+    """What the routes share."""
+
+    def __init__(self, engine: Engine, name: str, limits: Limits, scheduler: Scheduler, metrics: Metrics) -> None:
+        self.engine, self.name, self.limits, self.scheduler, self.metrics = engine, name, limits, scheduler, metrics
+        self.searches = Searches(scheduler, limits.searches)
+        self.started = int(time.time())
+
+    async def answer(
+        self, body: CompletionRequest | ChatRequest, request: Request, writer_class: Callable[..., TextWriter]
+    ) -> Response:
+        """Submit a request for texts."""
+        self._check_model(body.model)
+        prompts, params = await run_in_threadpool(self._read, body)
+        events, notify = _listen()
+        job = Job(prompts, params, _client(request), notify, self.limits.seconds, bool(body.stream))
+        with _submitting():
+            self.scheduler.submit(job)
+        writer = writer_class(self.name, body, self.engine.tokenizer)
+        return await self._respond(request, events, writer, bool(body.stream), lambda: self.scheduler.cancel(job))
+
+    async def reason(self, body: ReasonRequest, request: Request) -> Response:
+        """Submit a search."""
+        self._check_model(body.model)
+        self._check_search(body)
+        events, notify = _listen()
+        try:
+            with _submitting():
+                search = await run_in_threadpool(self._submit_search, body, _client(request), notify)
+        except (ValueError, ImportError) as error:
+            raise ApiError(400, str(error)) from error
+        except TemplateError as error:
+            raise ApiError(400, f"the model's chat template refuses this problem: {error}", "problem") from error
+        return await self._respond(
+            request, events, ReasonWriter(self.name, body), body.stream, lambda: self.searches.cancel(search)
+        )
+
+    async def _respond(
+        self, request: Request, events: asyncio.Queue[Happening], writer: Writer, stream: bool, cancel: Callable[[], None]
+    ) -> Response:
+        """The answer, whole or a stream."""
+        happenings = self._happenings(request, events, cancel)
+        if stream:
+            return _Stream(self._stream(happenings, writer), cancel)
+        return await self._whole(happenings, writer)
+
+    def _check_model(self, model: str) -> None:
+        if model != self.name:
+            raise ApiError(404, f"the model {model!r} does not exist; GET /v1/models lists what does", "model", "model_not_found")
+
+    def _check_search(self, body: ReasonRequest) -> None:
+        for name, most in (("budget", self.limits.search_budget), ("width", self._most_samples)):
+            if (value := getattr(body, name)) > most:
+                raise ApiError(400, f"{name} must be at most {most} here, got {value}", name)
+
+    @property
+    def _most_samples(self) -> int:
+        return min(self.limits.samples, self.engine.max_rows + self.limits.waiting)
+
+    def _submit_search(self, body: ReasonRequest, client: str, notify: Callable[[Happening], None]) -> Any:
+        self._room(self.searches.encode(body.problem))
+        return self.searches.submit(body, client, self.limits.seconds, notify)
+
+    def _read(self, body: CompletionRequest | ChatRequest) -> tuple[list[list[int]], SamplingParams]:
+        """Token ids and parameters of a request, within the limits."""
+        try:
+            prompts = [self.engine.encode(prompt) for prompt in self._within(body)]
+            most = min(self._room(ids) for ids in prompts)
+            wanted = body.wanted_tokens
+            if wanted is not None and wanted > most:
+                longest = max(len(ids) for ids in prompts)
+                raise ApiError(
+                    400, f"max_tokens must be at most {most} here (the prompt has {longest} tokens), got {wanted}",
+                    "max_tokens", "context_length_exceeded",
+                )  # fmt: skip
+            params = body.sampling_params(min(most, self.limits.new_tokens) if wanted is None else wanted)
+            for ids in prompts:
+                self.engine._check_prompt(ids, params)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        except TemplateError as error:
+            raise ApiError(400, f"the model's chat template refuses these messages: {error}", "messages") from error
+        return prompts, params
+
+    def _within(self, body: CompletionRequest | ChatRequest) -> list[Any]:
+        prompts = body.prompts
+        samples, most = len(prompts) * (body.n or 1), self._most_samples
+        if samples > most:
+            raise ApiError(400, f"n times the prompts must be at most {most}, got {samples}", "n")
+        if isinstance(body, ChatRequest) and not getattr(self.engine.tokenizer, "chat_template", None):
+            raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
+        return prompts
+
+    def _room(self, ids: list[int]) -> int:
+        """Tokens that may follow a prompt."""
+        context, longest = self.engine.target.max_positions, self.limits.prompt_tokens
+        bounds = [bound for bound in (longest, None if context is None else context - 1) if bound is not None]
+        if bounds and len(ids) > min(bounds):
+            raise ApiError(
+                400, f"a prompt may have at most {min(bounds)} tokens, got {len(ids)}", "prompt", "context_length_exceeded"
+            )
+        return self.limits.new_tokens if context is None else min(self.limits.new_tokens, context - len(ids))
+
+    async def _happenings(
+        self, request: Request, events: asyncio.Queue[Happening], cancel: Callable[[], None]
+    ) -> AsyncGenerator[Happening, None]:
+        """What happens until the request has ended or the client has gone; however that is, its rows are free afterwards."""
+        started = time.perf_counter()
+        try:
+            while True:
+                try:
+                    happened = await asyncio.wait_for(events.get(), POLL)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        return
+                    if time.perf_counter() - started < self.limits.seconds + GRACE:
+                        continue
+                    happened = Failed("timeout")
+                if not isinstance(happened, (Piece, Step)):
+                    self.metrics.ended(happened, time.perf_counter() - started)
+                yield happened
+                if not isinstance(happened, (Piece, Step)):
+                    return
+        finally:
+            cancel()
+
+    async def _whole(self, happenings: AsyncGenerator[Happening, None], writer: Writer) -> Response:
+        last: Happening = Failed("cancelled")
+        async with contextlib.aclosing(happenings):
+            async for happened in happenings:
+                last = happened
+        if isinstance(last, Failed):
+            raise ApiError(*FAILURES[last.reason])
+        return JSONResponse(writer.whole(last))
+
+    async def _stream(self, happenings: AsyncGenerator[Happening, None], writer: Writer) -> AsyncIterator[str]:
+        async with contextlib.aclosing(happenings):
+            async for happened in happenings:
+                if isinstance(happened, Failed):
+                    yield event(error_body(*FAILURES[happened.reason]))
+                    return
+                goes_on = isinstance(happened, (Piece, Step))
+                for chunk in writer.chunks(happened) if goes_on else writer.last_chunks(happened):
+                    yield event(chunk)
+                if not goes_on:
+                    yield "data: [DONE]\n\n"
+
+
+def _listen() -> tuple[asyncio.Queue[Happening], Callable[[Happening], None]]:
+    """A queue, and what puts something into it from any thread."""
+    events: asyncio.Queue[Happening] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def notify(happened: Happening) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop has ended, and with it everybody who listened
+            loop.call_soon_threadsafe(events.put_nowait, happened)
+
+    return events, notify
+
+
+def _client(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+@contextlib.contextmanager
+def _submitting() -> Iterator[None]:
+    """A queue that is full or closed, as an answer."""
+    try:
+        yield
+    except Overloaded as error:
+        raise ApiError(429, str(error), code="overloaded", retry_after=error.retry_after) from error
+    except RuntimeError as error:
+        raise ApiError(503, FAILURES["closed"][1]) from error
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; `close` is called however they end, also if the client goes away before the first."""
+
+    def __init__(self, content: AsyncIterator[str], close: Callable[[], None]) -> None:
+        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------------
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    body = error_body(error.status_code, str(error.detail), getattr(error, "param", None), getattr(error, "code", None))
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    """The first thing that is wrong, by the name of its field; never the input itself."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+    if first["type"] == "json_invalid":
+        where, message = "body", "the body is not valid JSON"
+    elif first["type"] == "extra_forbidden":
+        message = f"{where} is not a field that this server supports; fix: leave it out"
+    else:
+        message = f"{where}: {first['msg']}"
+    return JSONResponse(error_body(400, message, where), 400)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return JSONResponse(error_body(500, "internal error"), 500)
