@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -46,13 +47,20 @@ def reference(policy: str) -> dict[str, object]:
     return fields(search)
 
 
-def kill_once(policy: str, path: Path, seconds: float) -> bool:
-    """Start or resume the search in a process of its own and kill it that long after it began to work; False: it was done."""
+def start(policy: str, path: Path) -> subprocess.Popen[str]:
+    """Start or resume the search in a process of its own; it is about to work."""
     code = CHILD.format(tests=str(Path(__file__).parent), policy=policy, path=str(path), budget=BUDGET, model=MODEL)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT_FOLDER, env=os.environ)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def kill_once(policy: str, path: Path, seconds: float) -> bool:
+    """Start or resume the search and kill it that long after it began to work; False: it was done."""
+    process = start(policy, path)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
+    assert process.stdout is not None
     rest = process.stdout.read()
     process.wait()
     return "done" not in rest
@@ -62,9 +70,14 @@ def kill_once(policy: str, path: Path, seconds: float) -> bool:
 def test_kill_9_at_20_random_moments(tmp_path: Path) -> None:
     policy, rng, kills = "bg_mcts", random.Random(1), 0
     expected = reference(policy)
-    while kills < 20:
-        path = tmp_path / f"run{kills}.json"
-        while kills < 20 and kill_once(policy, path, rng.uniform(0.0, 0.15)):
+    process, begun = start(policy, tmp_path / "whole.json"), time.monotonic()
+    assert process.communicate(timeout=300)[0] == "done\n"
+    whole = time.monotonic() - begun  # seconds, the end of the process included
+    for run in itertools.count():
+        if kills == 20:
+            break
+        path = tmp_path / f"run{run}.json"
+        while kills < 20 and kill_once(policy, path, rng.uniform(0.0, whole / 2)):
             kills += 1
         search = Search(policy, BUDGET, config=CONFIG, checkpoint=path)
         drive(search, MODEL, width=3)

@@ -474,7 +474,9 @@ SPECDEC_INLINE Vec scale_exponent(Vec x, Vec n) {
 SPECDEC_INLINE float highest(Vec x) { return _mm512_reduce_max_ps(x); }
 SPECDEC_INLINE Count no_count() { return _mm512_setzero_si512(); }
 SPECDEC_INLINE Count count(Count sum, Vec x) { return _mm512_add_epi32(sum, _mm512_castps_si512(x)); }
-SPECDEC_INLINE uint32_t total(Count sum) { return uint32_t(_mm512_reduce_add_epi32(sum)); }
+SPECDEC_INLINE uint32_t total(Count sum) {  // wraps; _mm512_reduce_add_epi32 adds signed ints, whose overflow is undefined
+  return avx2::total(_mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1)));
+}
 
 #include "tree_attention_kernel.h"
 
