@@ -61,7 +61,7 @@ format: $(STAMP)
 verify: $(STAMP)
 	$(PY) -m bench.verify $(ARGS)
 
-## make bench    the README's table, on 18 of its 54 prompts: fifteen minutes with setup (ARGS="--limit 54" for all)
+## make bench    the README's table, on 18 of its 54 prompts: seven to fifteen minutes with setup (ARGS="--limit 54" for all)
 bench: $(STAMP)
 	$(RUN) --methods $(PLAIN),$(COMPILED) --limit 18 --out results/bench-$(shell date +%Y%m%d-%H%M%S).jsonl $(ARGS)
 
