@@ -11,6 +11,7 @@ import torch
 from bench.tasks import DEFAULT_DATA, Task, encode, load_tasks
 from bench.verify import Log, gaps, verify_bf16, verify_greedy
 from specdec import METHODS, Engine, SamplingParams, models
+from specdec import linear as linear_module
 from specdec.linear import HAVE_OP
 
 pytestmark = pytest.mark.slow
@@ -28,6 +29,12 @@ OWN = [
         ]
     )
 ]
+
+
+@pytest.fixture
+def one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """specdec's product for any number of rows: up to how many it is the faster one is timed, and a test must not hang on that."""
+    monkeypatch.setattr(linear_module, "winning_rows", lambda *_: linear_module.UNLIMITED)
 
 
 def prompts_of(tokenizer: Any, count: int) -> dict[str, list[int]]:
@@ -49,6 +56,7 @@ def test_greedy_equals_generate_for_every_method(embedded: tuple[Any, Any], tmp_
     assert again.done == log.done  # a rerun would skip all of it
 
 
+@pytest.mark.usefixtures("one_product")
 def test_the_bf16_audit_passes_and_a_wrong_mask_bit_fails_it(embedded: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = models.load(dtype=torch.bfloat16)
     prompts = prompts_of(tokenizer, 3)
@@ -61,6 +69,7 @@ def test_the_bf16_audit_passes_and_a_wrong_mask_bit_fails_it(embedded: tuple[Any
 
 
 @pytest.mark.skipif(not HAVE_OP, reason="specdec._C is not built: torch's own products round by the number of rows")
+@pytest.mark.usefixtures("one_product")
 def test_bf16_samples_are_those_of_plain_decoding_alone_and_in_a_batch() -> None:
     model, tokenizer = models.load(dtype=torch.bfloat16)
     prompts = list(prompts_of(tokenizer, 3).values())
