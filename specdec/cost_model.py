@@ -9,16 +9,16 @@ so 8 nodes.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from specdec._cache import read_measurement, write_measurement
 
 __all__ = ["CONTEXTS", "NODES", "CostModel"]
 
@@ -195,21 +195,13 @@ class CostModel:
 
     def save(self, path: str | os.PathLike[str], fingerprint: str) -> None:
         """Write the table under `fingerprint` (model, device, dtype, threads ...) beside those of other machines; atomic."""
-        file = Path(path)
-        stored = _read(file)
-        stored[fingerprint] = {
-            "host_seconds": self.host_seconds,
-            "table": [[*key, seconds] for key, seconds in sorted(self.table.items())],
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(stored, indent=1), encoding="utf-8")
-        part.replace(file)
+        table = [[*key, seconds] for key, seconds in sorted(self.table.items())]
+        write_measurement(Path(path), fingerprint, {"host_seconds": self.host_seconds, "table": table})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], fingerprint: str) -> CostModel | None:
         """The table saved under `fingerprint`, or None: measure then."""
-        stored = _read(Path(path)).get(fingerprint)
+        stored = read_measurement(Path(path), fingerprint)
         if stored is None:
             return None
         return cls({(int(r), int(n), int(c)): float(t) for r, n, c, t in stored["table"]}, float(stored["host_seconds"]))
@@ -232,12 +224,3 @@ class CostModel:
                 points = self._contexts[row, size]
                 best = max(best, _interpolate(points, [self.table[row, size, point] for point in points], context))
         return best * max(1.0, nodes / bucket)
-
-
-def _read(file: Path) -> dict[str, dict[str, Any]]:
-    """All tables of a file; a missing or damaged one holds none (it is measured again)."""
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return stored if isinstance(stored, dict) else {}

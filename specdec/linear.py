@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -29,6 +30,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from specdec._cache import measurement_file, read_measurement, write_measurement
 
 __all__ = ["HAVE_OP", "FastLinear", "instruction_set", "linear", "linear_reference", "measure_advantage", "winning_rows"]
 
@@ -157,6 +160,19 @@ def _advantage(weights: list[Tensor], rows: int, repeats: int) -> float:
 
 @lru_cache(maxsize=64)
 def _winning_rows(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, threads: int) -> int:
+    machine = platform.node(), platform.machine(), instruction_set(), torch.backends.cpu.get_cpu_capability()
+    fingerprint = repr((shapes, dtype, threads, *machine, torch.__version__, build()))
+    file = measurement_file("linear", fingerprint)
+    known = read_measurement(file, fingerprint)
+    if isinstance(known, int):
+        return known
+    rows = _measured_winner(shapes, dtype)
+    with suppress(OSError):  # a read-only cache: measured again in the next process
+        write_measurement(file, fingerprint, rows)
+    return rows
+
+
+def _measured_winner(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
     winner = 0
     for rows, advantage in measure_advantage(shapes, dtype).items():
         if advantage < MAX_LOSS:
@@ -167,7 +183,11 @@ def _winning_rows(shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, threa
 
 
 def winning_rows(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
-    """Up to how many rows the op beats torch on this machine (0: never); measured once a process for each set of shapes."""
+    """Up to how many rows the op beats torch on this machine (0: never).
+
+    Measured once for each set of shapes, and kept in the cache folder: the two products round differently, and were each process
+    to time them anew, a seed would not give the same bfloat16 text twice where they are about equally fast.
+    """
     if not HAVE_OP or not shapes:
         return 0
     return _winning_rows(tuple(sorted(set(shapes))), dtype, torch.get_num_threads())
@@ -180,7 +200,7 @@ class FastLinear:
     parametrised and subclassed ones, and those whose `forward` somebody has already replaced (accelerate), are left alone. A
     call with more than `max_rows` rows, with gradients on, or with an input of another dtype or layout takes torch's way.
 
-    max_rows: None measures where the op wins (winning_rows), once.
+    max_rows: None means where the op wins (winning_rows).
     """
 
     def __init__(self, model: nn.Module, max_rows: int | None = None) -> None:

@@ -9,7 +9,6 @@ and 3.5/60 tokens a ms: 8 nodes. At g = 0.05 one node wins: the engine decodes p
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import platform
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from specdec import linear
-from specdec._cache import cache_folder
+from specdec._cache import measurement_file
 from specdec.cost_model import CONTEXTS, NODES, CostModel
 from specdec.draft_tree import NO_PARENT, DraftTree
 
@@ -99,7 +98,7 @@ class Pacer:
 def measured_costs(target: TargetModel) -> CostModel:
     """The cost model of this machine and model: from the cache folder, else measured now (a few seconds) and saved."""
     fingerprint = _fingerprint(target)
-    path = cache_folder("costs") / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.json"
+    path = measurement_file("costs", fingerprint)
     if (known := target.ranks.first(CostModel.load(path, fingerprint))) is not None:
         return known
     longest = (target.max_positions or max(CONTEXTS) + MAX_NODES) - MAX_NODES

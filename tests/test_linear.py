@@ -275,7 +275,8 @@ def test_without_the_op_everything_is_torchs(model, monkeypatch):
 
 
 @needs_op
-def test_measure_advantage(monkeypatch):
+def test_measure_advantage(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
     monkeypatch.setattr(linear_module, "PROBE_BYTES", 1 << 18)
     advantage = measure_advantage([(64, 32), (100000, 16)], torch.bfloat16, rows=(1, 4), repeats=1)
     assert set(advantage) == {1, 4} and all(value > 0 for value in advantage.values())
@@ -283,6 +284,28 @@ def test_measure_advantage(monkeypatch):
     assert winning_rows([(64, 32)], torch.bfloat16) == 8
     monkeypatch.setattr(linear_module, "measure_advantage", lambda *_: {1: 0.5, 8: 3.0, 64: 3.0, 256: 3.0})
     assert winning_rows([(64, 33)], torch.bfloat16) == 0
+
+
+@needs_op
+def test_the_winner_is_measured_once_a_machine(monkeypatch, tmp_path):
+    """What is about equally fast would else now win and now lose, and bfloat16 texts with it."""
+
+    def another_process(advantages):
+        linear_module._winning_rows.cache_clear()
+        monkeypatch.setattr(linear_module, "measure_advantage", lambda *_: advantages)
+        return winning_rows([(24, 40)], torch.bfloat16)
+
+    fast, slow = {1: 1.0, 64: 1.2, 256: 1.1}, {1: 1.0, 64: 1.1, 256: 0.8}
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    assert another_process(fast) == another_process(slow) == linear_module.UNLIMITED
+    (file,) = (tmp_path / "linear").iterdir()
+    file.write_text("{ damaged")
+    assert another_process(slow) == another_process(fast) == 64
+    monkeypatch.setattr(linear_module, "build", lambda: "another library")
+    assert another_process(fast) == linear_module.UNLIMITED
+    monkeypatch.setenv("SPECDEC_CACHE", "/dev/null/specdec")  # nothing can be kept there
+    assert [another_process(fast), another_process(slow)] == [linear_module.UNLIMITED, 64]
+    linear_module._winning_rows.cache_clear()
 
 
 def test_negative_max_rows(model):
