@@ -112,7 +112,8 @@ class CompiledForward:
         if missing := [name for name in names if name not in self._parameters]:
             raise RuntimeError(f"it makes constants of its own in each forward ({', '.join(sorted(missing)[:3])})")
         self._used = [(name, *self._parameters[name]) for name in names]
-        self._weights: list[tuple[int, torch.Size]] = []
+        self._pointers: list[int] = []  # of the weights that were handed over
+        self._weights: dict[str, Tensor] = {}  # these, so that no other tensor gets their place in memory
 
     def __call__(self, cache: KVCache, batch: TreeBatch, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         """Logits [B, M, V] of a batch of trees, announced to the cache; tokens and positions [B, M] int64."""
@@ -134,8 +135,8 @@ class CompiledForward:
         Raises:
             RuntimeError: a tensor has another shape or dtype, or has left the CPU.
         """
-        now = [(owner[name].data_ptr(), owner[name].shape) for _, owner, name in self._used]
-        if now == self._weights:
+        pointers = [owner[name].data_ptr() for _, owner, name in self._used]  # at each step: their shapes would cost as much again
+        if pointers == self._pointers:
             return
         tensors = {full: owner[name].detach() for full, owner, name in self._used}
         for full, (shape, dtype) in ((full, self._parameters.shapes[full]) for full in tensors):
@@ -146,7 +147,7 @@ class CompiledForward:
                     f"was compiled with {dtype} {tuple(shape)} on the CPU; fix: make a new Engine"
                 )
         self._runner.load_constants(tensors, check_full_update=True, user_managed=True)
-        self._weights = now
+        self._pointers, self._weights = pointers, tensors
 
 
 def pack_step(first_row: int, batch: TreeBatch, fresh: int) -> np.ndarray:
