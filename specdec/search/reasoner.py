@@ -205,7 +205,7 @@ class Reasoner:
         self._score(problem, [request for request, _ in running], completions)
         for (request, _), completion in zip(running, completions):
             problem.search.tell(request, completion)
-            if problem.tree.status[request.node] == NodeStatus.DROPPED:
+            if problem.tree.status[request.node] in (NodeStatus.DROPPED, NodeStatus.PENDING):  # PENDING: it is drawn anew
                 self.segments.discard((problem.index, request.node))
             self._report(problem, request.node)
 
