@@ -12,7 +12,7 @@ import torch
 
 import specdec
 from conftest import make_tiny_llama
-from specdec.search import GenerationError, SearchConfig, Status
+from specdec.search import GenerationError, Kind, NodeStatus, SearchConfig, Status
 from specdec.search.answers import AnswerFormat
 from specdec.search.bg_mcts import BgMcts
 from specdec.search.progress import Event
@@ -171,6 +171,7 @@ def test_a_failing_model_gives_the_partial_result(tiny_tokenizer: Any) -> None:
         isinstance(partial, ReasonResult) and 0 < partial.used <= 150 and str(failure.value.__cause__) == "the machine is on fire"
     )
     assert not engine.rows and not engine.waiting
+    assert NodeStatus.PENDING not in partial.tree.status, "all that was in flight has been told"
     both = dict(specdec.reason_all(engine, [PROBLEM, "Name a river."], 100, **{**OPTIONS, "answers": Letters()}))
     assert all(isinstance(each, GenerationError) for each in both.values()), "each search has its own error"
     engine.target.forward = forward  # type: ignore[method-assign]
@@ -202,6 +203,23 @@ def test_a_prompt_beyond_the_window_is_no_answer(engine: specdec.Engine) -> None
     assert isinstance(results[0], ReasonResult) and results[0].status == Status.NO_ANSWER and results[0].used == 0
     assert "fills the context window" in results[0].notes[0]
     assert isinstance(results[1], ReasonResult) and results[1].used > 0
+
+
+def test_cues_near_the_end_of_the_window(tiny_tokenizer: Any) -> None:
+    """They are counted; a driver that does not count them loses that search alone, and what it found is there."""
+    prompt = len(Prompts().encode(tiny_tokenizer, PROBLEM))
+    model = make_tiny_llama(initializer_range=0.3, max_position_embeddings=prompt + 150)
+    engine = specdec.Engine(model, tiny_tokenizer, method="none", max_rows=2)
+    cues = Prompts().cue_tokens(tiny_tokenizer, engine.eos_token_ids())
+    assert 50 < cues < 100
+    options = {**OPTIONS, "answers": Letters(), "policy": "refinement", "width": 1}
+    counted = specdec.reason(engine, PROBLEM, 300, **{**options, "config": SearchConfig(step_tokens=16, cue_tokens=cues)})
+    assert Kind.REFINE in counted.tree.kind and counted.used > 250
+    uncounted = dict(specdec.reason_all(engine, [PROBLEM, PROBLEM], 300, **{**options, "config": SearchConfig(step_tokens=16)}))
+    for error in uncounted.values():
+        assert isinstance(error, GenerationError) and "fix: shorten the prompt" in str(error)
+        assert error.result.used > 0 and error.result.answer is not None
+    assert not engine.rows and not engine.waiting
 
 
 def test_at_temperature_0_nothing_is_drawn_twice(engine: specdec.Engine) -> None:
