@@ -152,6 +152,14 @@ def test_a_broken_evaluator_is_a_note_and_best_of_n(engine: specdec.Engine) -> N
     assert any("best-of-n" in note for note in result.notes) and result.used <= 150
 
 
+def test_an_evaluator_that_does_not_know_its_price_cannot_break_the_budget(engine: specdec.Engine) -> None:
+    config = SearchConfig(step_tokens=16, count_evaluator=True, evaluator_max_tokens=9)
+    with pytest.warns(UserWarning, match="the evaluator spent 10 tokens, 9 are allowed"):
+        result = solve(engine, evaluator=lambda problem, steps: (0.5, 10), config=config)
+    assert any("best-of-n" in note for note in result.notes) and 100 < result.used <= 150
+    assert result.used == sum(result.tree.tokens) + result.evaluator_tokens
+
+
 def test_a_failing_model_gives_the_partial_result(tiny_tokenizer: Any) -> None:
     model = make_tiny_llama(initializer_range=0.3)
     engine = specdec.Engine(model, tiny_tokenizer, method="none", max_rows=4)

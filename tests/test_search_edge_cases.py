@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -315,6 +316,38 @@ def test_a_chain_of_1200_steps_is_saved_and_read(tmp_path: object) -> None:
     again = Search.load(f"{tmp_path}/run.json")
     assert again.tree.to_dict() == search.tree.to_dict() and len(again.tree.steps(1200)) == 1200
     assert again.tree.to_networkx().number_of_nodes() == 1201
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("deep", [False, True])
+def test_100_000_nodes_and_a_chain_of_10_000(deep: bool, tmp_path: Path) -> None:
+    """Built, selected from, written and read; the statistics are those of a count from the leaves up, nothing recurses."""
+    rng, count = random.Random(1), 10_000 if deep else 100_000
+    search = Search(
+        BgMcts(small=OFF, k=1, child_cap=1 if deep else None, root_cap=1 if deep else None),
+        10**9,
+        checkpoint=tmp_path / "run.json",
+    )
+    parents = [node if deep else rng.randrange(node + 1) for node in range(count)]
+    grow(search, [(parent, rng.random()) for parent in parents])
+    tree = search.tree
+    sizes, sums = [1] * (count + 1), [0.0, *tree.q[1:]]
+    for node in range(count, 0, -1):
+        sizes[parents[node - 1]] += sizes[node]
+        sums[parents[node - 1]] += sums[node]
+    assert list(tree.visits) == sizes and tree.sum_q == pytest.approx(sums)
+    asked = search.ask(20)
+    assert len(asked) >= 1
+    search.close()
+    again = Search.load(tmp_path / "run.json")
+    assert fields(again) == fields(search) and again.outstanding() == asked
+    for each in (search, again):
+        each.tell(asked[0], text(asked[0], finish="eos", answer="4"))
+    assert fields(again) == fields(search) and again.ask(3) == search.ask(3)
+    assert len(tree.steps(asked[0].node)) == tree.depth[asked[0].node]
+    if deep:
+        assert tree.depth[asked[0].node] == 10_001 and tree.closed[1] == Closed.EXHAUSTED, "closed from the leaf up"
 
 
 def test_a_forced_answer() -> None:

@@ -3,7 +3,8 @@
     ask -> rows of the engine, each from its parent's segments -> step until all of a search's rows have ended -> score -> tell
 
 A search is told its results in the order of asking, whatever the others do, and every request draws from its own stream, so a tree
-depends neither on the batch nor on what was cached (token for token in fp32).
+depends neither on the batch nor on what was cached (token for token in fp32). What is in flight at a cancel is thrown away and
+generated again by whoever resumes the search; its tokens are charged when they are told, once.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ class Reasoner:
         return self.cancel is not None and self.cancel.is_set()
 
     def _drop(self, problem: Problem) -> None:
-        """Stop what is being generated for a search."""
+        """Stop what is being generated for a search, uncharged."""
         for _, seq in problem.running:
             self.engine.cancel(seq)
         problem.running = []

@@ -172,18 +172,15 @@ class Search:
 
         Args:
             extra: tokens.
-            seconds: from now on, in place of what is left of the wall-clock limit.
+            seconds: from now on, in place of what is left of the wall-clock limit; None: a limit that has passed begins anew where
+                there are more tokens, which would be left unused.
 
         Raises:
-            ValueError: `extra` negative or no whole number, `seconds` negative, or tokens that a limit which has passed would leave
-                unused.
+            ValueError: `extra` negative or no whole number, `seconds` negative.
         """
         extra = whole_tokens(extra, "extra")
         if seconds is None and extra and self.budget.expired:
-            raise ValueError(
-                f"the wall-clock limit of {self.budget.seconds:g} s has passed: {extra} tokens more would not be used; fix: resume "
-                "with seconds=..., too"
-            )
+            seconds = self.config.seconds
         if seconds is not None and not seconds >= 0:
             raise ValueError(f"seconds must be >= 0 or None, got {seconds}")
         self._write({"resume": extra, "seconds": seconds})
