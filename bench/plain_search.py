@@ -83,9 +83,13 @@ class PlainSearch:
     def run(self, problem: Problem) -> Result:
         """The search of `problem` to its end, the requests of one `ask` one after the other."""
         chains = Chains(problem.tree, problem.prompt_ids, self.tokenizer, self.step, self.prompts, self.answers, self.eos)
-        return run(problem.search, lambda asked: [self._complete(problem, chains, request) for request in asked], self.width)
 
-    def _complete(self, problem: Problem, chains: Chains, request: Request) -> Completion:
+        def complete(asked: Seq[Request]) -> list[Completion]:
+            return self._scored(problem, asked, [self._generated(problem, chains, request) for request in asked])
+
+        return run(problem.search, complete, self.width)
+
+    def _generated(self, problem: Problem, chains: Chains, request: Request) -> Completion:
         token_ids = [*chains.path_ids(request.parent), *chains.cue(request.parent, request.kind)]
         before = chains.answer_begins(request)
         answered = (
@@ -97,8 +101,7 @@ class PlainSearch:
         output = self._generate(token_ids, request, stream_of(problem.index, 0, *request.stream), end)
         problem.steps += len(output)
         finish = Finish.EOS if output[-1] in self.eos else Finish.LENGTH  # unless a step ends there, as read() finds out
-        completion = chains.read(request, output, finish, prefill_tokens=len(token_ids) - 1)
-        return self._scored(problem, request, completion)
+        return chains.read(request, output, finish, prefill_tokens=len(token_ids) - 1)
 
     def _generate(self, token_ids: list[int], request: Request, stream: tuple[int, ...], end: TextEnd) -> list[int]:
         """New tokens after `token_ids`, the ending one included."""
@@ -121,11 +124,11 @@ class PlainSearch:
         )
         return output[0, len(token_ids) :].tolist()
 
-    def _scored(self, problem: Problem, request: Request, completion: Completion) -> Completion:
-        if not problem.search.needs_score(request, completion.token_ids, completion.text):
-            return completion
-        if problem.judge is None:
-            return replace(completion, score=0.5)
-        steps = [*problem.tree.steps(request.parent), completion.text]
-        outcome = problem.judge(problem.question, steps, request.evaluator_max_tokens)
-        return replace(completion, score=outcome.score, evaluator_tokens=outcome.tokens)
+    def _scored(self, problem: Problem, requests: Seq[Request], completions: list[Completion]) -> list[Completion]:
+        for place, steps in problem.search.to_score(requests, completions).items():
+            if problem.judge is None:
+                completions[place] = replace(completions[place], score=0.5)
+                continue
+            outcome = problem.judge(problem.question, steps, requests[place].evaluator_max_tokens)
+            completions[place] = replace(completions[place], score=outcome.score, evaluator_tokens=outcome.tokens)
+        return completions

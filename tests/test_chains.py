@@ -13,7 +13,7 @@ from specdec.search.chains import Chains
 from specdec.search.prompts import Prompts
 from specdec.search.request import Completion, Finish, Kind, Request
 from specdec.search.search_tree import ROOT, NodeStatus, SearchTree
-from specdec.search.steps import Newline, StepRule, Tokens
+from specdec.search.steps import Newline, StepRule, StopStrings, Tokens
 
 FULL = Request(0, 1, ROOT, Kind.FULL, 500, (1, 0), True)
 SOLVED = "2 + 2 = 4\nThe answer is 4.\n"
@@ -56,6 +56,16 @@ def test_an_answer_that_was_cut_is_read_whole(tiny_tokenizer: Any) -> None:
     rest = replace(FULL, node=2, parent=node, kind=Kind.CONTINUE)
     assert kept(chains, rest, " is 4.\nProblem: 2 + 3\n") == " is 4.\n"
     assert chains.read(rest, tiny_tokenizer(" is 4.\n")["input_ids"], Finish.STOP).answer == "4"
+
+
+def test_a_step_that_is_only_its_boundary_is_empty(tiny_tokenizer: Any) -> None:
+    """And paid for."""
+    chains = chains_of(tiny_tokenizer, step=StopStrings())
+    step = replace(FULL, kind=Kind.STEP, full=False)
+    read = chains.read(step, tiny_tokenizer("\n\nStep")["input_ids"], Finish.STOP)
+    assert (read.token_ids, read.text, read.generated) == ((), "", 6)
+    assert chains.read(step, tiny_tokenizer(" x\nStep")["input_ids"], Finish.STOP).text == " x\nStep"
+    assert chains.read(FULL, tiny_tokenizer("\nStep 1")["input_ids"], Finish.EOS).text == "\nStep 1"
 
 
 def test_steps_of_so_many_tokens(tiny_tokenizer: Any) -> None:

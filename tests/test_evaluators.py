@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from fractions import Fraction
@@ -39,7 +40,7 @@ from specdec.search.evaluators import (
 )  # fmt: skip
 from specdec.search.model_evaluators import LogProbability, RewardModel, Rollouts, SelfConsistency, YesNo
 from specdec.search.prompts import Prompts
-from worker_functions import slow_evaluator
+from worker_functions import Priced, slow_evaluator
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------------------
 
@@ -119,6 +120,8 @@ PUZZLE = Puzzle((3, 5, 7), 26)
         (["2 * 7 = 14"], 0.0),
         (["3 * 3 = 9"], 0.0),
         (["3 * 7 = 21 (left: 5 22)"], 0.0),
+        (["3 * 7 = 21 (left: 5,"], 1.0),  # it was cut
+        (["3 * 7 = 21 (left: 5, 22\n21 + 5 = 26"], 0.0),
         (["3 * 7 = 21", "7 + 5 = 12"], 0.0),
         (["3 / 0 = 0"], 0.0),
         (["3 / 7 = 3/7 (left: 5, 3/7)"], DEAD_END),
@@ -232,7 +235,7 @@ def test_tokens_are_counted() -> None:
     assert judge.tokens == 12
 
 
-class Priced(Scripted):
+class PricedScript(Scripted):
     """Costs ten tokens a call."""
 
     def cost(self, problem: Any, steps: Seq[str]) -> int:
@@ -240,10 +243,29 @@ class Priced(Scripted):
 
 
 def test_evaluations_beyond_the_allowance_are_not_made() -> None:
-    priced = Priced(ValueError("no"), Score(0.5, 10))
+    priced = PricedScript(ValueError("no"), Score(0.5, 10))
     outcome = Judge(priced)("p", ["s"], max_tokens=15)
     assert outcome == Outcome(None, 10, "ValueError: no") and priced.calls == 1  # the second call would be too many
-    assert Judge(Priced())("p", ["s"], max_tokens=9).error == "an evaluation costs 10 tokens, 9 are allowed"
+    assert Judge(PricedScript())("p", ["s"], max_tokens=9).error == "an evaluation costs 10 tokens, 9 are allowed"
+
+
+def test_a_price_that_cannot_be_told_is_a_failure() -> None:
+    """It comes from the evaluator's own code, before anything was spent."""
+
+    class Priceless(Scripted):
+        def cost(self, problem: Any, steps: Seq[str]) -> int:
+            raise KeyError("price")
+
+    assert Judge(Priceless(0.5))("p", ["s"], max_tokens=9) == Outcome(None, 0, "KeyError: 'price'")
+
+
+def test_an_evaluator_that_spends_more_than_is_allowed_is_refused() -> None:
+    """One that does not know its price cannot be stopped beforehand: the hard budget is charged what was allowed, and no score bought."""
+    judge = Judge(Scripted(Score(0.5, 10), Score(0.7, 9)))
+    with pytest.warns(UserWarning, match=r"spent 10 tokens, 9 are allowed; fix: a method cost\(problem, steps\)"):
+        outcome = judge("p", ["s"], max_tokens=9)
+    assert (outcome.score, outcome.tokens) == (None, 9) and "spent 10 tokens" in str(outcome.error)
+    assert judge("p", ["s"], max_tokens=9) == Outcome(0.7, 9)
 
 
 def test_a_failing_batch_costs_the_others_nothing() -> None:
@@ -285,6 +307,24 @@ def test_combinators(evaluator: Evaluator, value: float) -> None:
     assert score.value == pytest.approx(value) and score.tokens == 3
     (batched,) = score_all(evaluator, [("p", ["t"])])
     assert batched.value == pytest.approx(value)
+
+
+def test_combinators_go_to_another_process() -> None:
+    for evaluator in (mean(slow_evaluator, cached(slow_evaluator)), weighted({slow_evaluator: 3, ChainArithmetic(): 1})):
+        again = pickle.loads(pickle.dumps(evaluator))
+        assert as_score(again("fine", ["2 + 2 = 4"])) == as_score(evaluator("fine", ["2 + 2 = 4"]))
+    bounded = timeout(weighted({slow_evaluator: 1, ChainArithmetic(): 3}), seconds=20)
+    assert as_score(bounded("fine", ["2 + 2 = 5"])).value == pytest.approx(0.25 / 4)
+    bounded.close()
+
+
+def test_wrappers_tell_the_price_of_what_is_in_them() -> None:
+    priced = Priced()
+    for evaluator in (mean(priced, constant(1)), noisy(priced), cached(priced), cached(mean(priced))):
+        assert evaluator.cost("p", ["s"]) == 10  # type: ignore[attr-defined]
+    bounded = timeout(priced, seconds=1)
+    assert bounded.cost("p", ["s"]) == 10
+    bounded.close()
 
 
 def test_a_failing_part_fails_the_whole() -> None:
@@ -432,6 +472,9 @@ def test_self_consistency() -> None:
     assert evaluator("p", ["The answer is 6."]) == (0.25, 40)
     assert evaluator("p", ["The answer is 7."]) == (0.0, 40)
     assert asked == [["so far"], [], []]
+    assert evaluator.cost("p", []) == 0 and SelfConsistency(sample, NumberAnswers(), 3, 20).cost("p", []) == 60
+    with pytest.raises(ValueError, match="rollout_tokens must be >= 1 or None, got 0"):
+        SelfConsistency(sample, NumberAnswers(), rollout_tokens=0)
 
 
 @pytest.mark.parametrize("labels", [1, 3])
@@ -453,6 +496,7 @@ def test_reward_model(tiny_tokenizer: Any, labels: int) -> None:
         assert score.value == pytest.approx(float(expected), rel=1e-4) and score.tokens == ids.shape[1]
         assert reward(problem, steps).value == pytest.approx(score.value, rel=1e-4)
         assert reward.cost(problem, steps) == score.tokens
+    assert as_score(weighted({reward: 1, constant(0.5): 0})(*items[0])).value == pytest.approx(scores[0].value)
     with pytest.raises(ValueError, match="pad_token_id of tokenizer and model are"):
         model.config.pad_token_id = 0
         RewardModel(model, tiny_tokenizer)

@@ -102,3 +102,11 @@ def test_cue_after_eos_is_the_users(smollm: Any) -> None:
     ]
     rendered = smollm.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert smollm.decode(whole) == rendered + "Step 1:"
+
+
+def test_cue_tokens_are_the_most_that_a_cue_may_be(tiny_tokenizer: Any) -> None:
+    prompts, eos = Prompts(), frozenset({257})
+    lengths = {
+        len(cue(tiny_tokenizer, path, eos)) for path in ([5], [5, 257]) for cue in (prompts.reconsider_ids, prompts.answer_ids)
+    }
+    assert len(lengths) == 4 and prompts.cue_tokens(tiny_tokenizer, eos) == max(lengths)

@@ -49,9 +49,11 @@ def solve(
 ) -> list[SearchTree]:
     method, max_rows = options.pop("method", "best_first"), options.pop("max_rows", 4)
     engine = Engine(model, tokenizer, method=method, budget=6, max_rows=max_rows)
-    params = SamplingParams(temperature=1.0)
-    reasoner = Reasoner(engine, Tokens(count=7), PROMPTS, make_format("number"), params, SEED, **options)
-    searches = [Search(policy, budget, SEED, SearchConfig(step_tokens=16)) for _ in questions]
+    params = SamplingParams(temperature=options.pop("temperature", 1.0))
+    config = SearchConfig(step_tokens=16, duplicates=options.pop("duplicates", "merge"))
+    rule = Tokens(count=options.pop("tokens", 7))
+    reasoner = Reasoner(engine, rule, PROMPTS, make_format("number"), params, SEED, **options)
+    searches = [Search(policy, budget, SEED, config) for _ in questions]
     ids = [PROMPTS.encode(tokenizer, text) for text in questions]
     problems = [Problem(*each, index) for index, each in enumerate(zip(questions, searches, [by_length] * len(ids), ids))]
     results = in_order(reasoner, problems)
@@ -86,6 +88,25 @@ def test_every_node_is_what_plain_sampling_gives_after_its_path(tiny_tokenizer: 
 def test_the_tree_depends_neither_on_the_cache_nor_on_drafts(tiny_tokenizer: Any, options: dict[str, Any]) -> None:
     model = make_tiny_llama(initializer_range=0.3)
     assert shape(solve(model, tiny_tokenizer, **options)[0]) == shape(solve(model, tiny_tokenizer)[0])
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_text_drawn_anew_is_continued_from_its_own_kv(tiny_tokenizer: Any, width: int) -> None:
+    """A first attempt that repeats a sibling leaves nothing behind: what goes on below the second one reads the second one's K/V."""
+    model = make_tiny_llama(initializer_range=0.3)
+    options: dict[str, Any] = {
+        "duplicates": "resample",
+        "temperature": 0.2,
+        "tokens": 2,
+        "width": width,
+        "budget": 120,
+        "policy": "mcts",
+    }
+    (tree,) = solve(model, tiny_tokenizer, **options)
+    (uncached,) = solve(model, tiny_tokenizer, kv_megabytes=0, **options)
+    again = [node for node in range(1, len(tree)) if tree.children[node] and tree.tokens[node] > len(tree.token_ids[node])]
+    assert again, "no text that was drawn anew has children"
+    assert shape(tree) == shape(uncached)
 
 
 def test_many_problems_at_once_are_what_they_are_alone(tiny_tokenizer: Any) -> None:

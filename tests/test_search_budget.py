@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import warnings
+from pathlib import Path
 
 import pytest
 
-from mock_search import MockModel, drive
-from specdec.search import POLICIES, Completion, GenerationError, Search, SearchConfig, Status
+from mock_search import MockModel, drive, fields
+from specdec.search import POLICIES, Completion, GenerationError, Kind, Search, SearchConfig, Status
 from specdec.search.budget import Budget
 
 POLICIES_WITHOUT_EXTRA = [name for name in POLICIES if name != "ab_mcts"]
@@ -126,6 +127,41 @@ def test_the_wall_clock_limit() -> None:
     search.tell(request, Completion((1, 2), "4", "eos", 0.5, "4"))
     assert search.ask() == []
     assert search.result().status == Status.ANSWERED
+
+
+def test_the_forced_answer_comes_after_the_wall_clock_limit(tmp_path: Path) -> None:
+    """Its tokens were set aside for that; and a search whose time is up goes on with more of it, after a crash too."""
+    now = [0.0]
+
+    def reopened() -> Search:
+        config = SearchConfig(seconds=5.0)
+        return Search("mcts", 1000, config=config, checkpoint=tmp_path / "run.json", clock=lambda: now[0])
+
+    search = reopened()
+    first, second = search.ask(2)
+    now[0] = 6.0
+    search.tell(first, Completion((1, 2), "2 + 2", "stop", 0.5))
+    assert search.ask() == [], "one is in flight"
+    search.tell(second, Completion((3, 4), "2 - 2", "stop", 0.4))
+    (forced,) = search.ask(2)
+    assert (forced.kind, forced.parent) == (Kind.FORCED, first.node)
+    search.tell(forced, Completion((5,), "4", "eos", answer="4"))
+    assert search.ask() == [] and search.result().answer == "4"
+    with pytest.raises(ValueError, match=r"seconds must be >= 0 or None, got -1"):
+        search.resume(seconds=-1.0)
+    search.resume(100, seconds=2.0)
+    assert fields(reopened()) == fields(search)
+    (more,) = search.ask()
+    assert more.kind == Kind.STEP
+    search.close()
+    now[0] = 7.0
+    assert not reopened().budget.expired
+    now[0] = 8.0
+    assert search.budget.expired
+    search.resume()
+    assert search.budget.expired, "no more of anything"
+    search.resume(1)
+    assert not search.budget.expired and search.budget.seconds == 8.0 + 5.0
 
 
 def test_resume_raises_rho() -> None:

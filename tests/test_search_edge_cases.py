@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from mock_search import MockModel, drive, grow
-from specdec.search import ROOT, Closed, Completion, GenerationError, Kind, NodeStatus, Request, Search, SearchConfig, Status
+from mock_search import MockModel, drive, fields, grow
+from specdec.search import (
+    POLICIES,
+    ROOT,
+    Closed,
+    Completion,
+    GenerationError,
+    Kind,
+    NodeStatus,
+    Request,
+    Search,
+    SearchConfig,
+    Status,
+)
 from specdec.search.bg_mcts import BgMcts
+from specdec.search.checkers import Countdown, Puzzle
 from specdec.search.loop import evaluated, run
 from specdec.search.mcts import Mcts
+from specdec.search.policies import make_policy
 from specdec.search.small_budget import SmallBudget
+from specdec.search.vote import chain_score
 
 OFF = SmallBudget(first_dive=0, backtrack=0, finish=0)
 
@@ -300,6 +318,38 @@ def test_a_chain_of_1200_steps_is_saved_and_read(tmp_path: object) -> None:
     assert again.tree.to_networkx().number_of_nodes() == 1201
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("deep", [False, True])
+def test_100_000_nodes_and_a_chain_of_10_000(deep: bool, tmp_path: Path) -> None:
+    """Built, selected from, written and read; the statistics are those of a count from the leaves up, nothing recurses."""
+    rng, count = random.Random(1), 10_000 if deep else 100_000
+    search = Search(
+        BgMcts(small=OFF, k=1, child_cap=1 if deep else None, root_cap=1 if deep else None),
+        10**9,
+        checkpoint=tmp_path / "run.json",
+    )
+    parents = [node if deep else rng.randrange(node + 1) for node in range(count)]
+    grow(search, [(parent, rng.random()) for parent in parents])
+    tree = search.tree
+    sizes, sums = [1] * (count + 1), [0.0, *tree.q[1:]]
+    for node in range(count, 0, -1):
+        sizes[parents[node - 1]] += sizes[node]
+        sums[parents[node - 1]] += sums[node]
+    assert list(tree.visits) == sizes and tree.sum_q == pytest.approx(sums)
+    asked = search.ask(20)
+    assert len(asked) >= 1
+    search.close()
+    again = Search.load(tmp_path / "run.json")
+    assert fields(again) == fields(search) and again.outstanding() == asked
+    for each in (search, again):
+        each.tell(asked[0], text(asked[0], finish="eos", answer="4"))
+    assert fields(again) == fields(search) and again.ask(3) == search.ask(3)
+    assert len(tree.steps(asked[0].node)) == tree.depth[asked[0].node]
+    if deep:
+        assert tree.depth[asked[0].node] == 10_001 and tree.closed[1] == Closed.EXHAUSTED, "closed from the leaf up"
+
+
 def test_a_forced_answer() -> None:
     """The reserve is kept while there is no answer, asked for at the very end below the best leaf, and marks the result."""
     search = plain(200, step_tokens=50, forced_tokens=32)
@@ -343,3 +393,173 @@ def test_bad_input_to_ask_and_tell() -> None:
         search.tell(request, text(request, finish="bored"))
     with warnings.catch_warnings(), pytest.raises(ValueError, match="duplicates must be one of"):
         SearchConfig(duplicates="maybe")
+
+
+# ---- what an evaluator is given ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [BgMcts(small=OFF, k=1), "best_of_n"])
+def test_a_cut_step_is_judged_with_the_piece_that_it_goes_on_with(policy: object) -> None:
+    """A number that was cut is no wrong number, and the pieces on either side of the cut are one step, in votes too."""
+    puzzle, checker = Puzzle((3, 5, 7), 26), Countdown()
+    search = Search(policy, 1000, config=SearchConfig(step_tokens=5, full_tokens=5, chain_score="product"))  # type: ignore[arg-type]
+    texts = ["3 * 7 = 2", "1 (left: 5, 2", "1)", "\n21 + 5 = 26 (left: 26)"]
+    seen: list[list[str]] = []
+
+    def score(steps: list[str]) -> float:
+        seen.append(steps)
+        return checker(puzzle, steps)
+
+    for count, words in enumerate(texts):
+        (request,) = search.ask()
+        assert request.kind == (Kind.CONTINUE if 0 < count < 3 or (count and request.full) else request.kind)
+        cut = "length" if count < 2 or (request.full and count < 3) else "stop"
+        answer = "26" if count == 3 else None
+        told = evaluated(search, request, text(request, words, finish=cut, answer=answer, score=None), score)
+        assert told.score == 1.0, (words, seen[-1])
+        search.tell(request, told)
+        search.tree.child_sum[ROOT] = 0.0  # or widening at the root would win
+    whole = "".join(texts)
+    assert seen[-1] == ([whole] if request.full else ["".join(texts[:3]), texts[3]])
+    assert [answer.weight for answer in search.result().answers] == [1.0]
+
+
+def test_a_score_of_a_cut_piece_is_no_score_of_a_step() -> None:
+    search = plain()
+    for parent, kind, q, answer in [(0, Kind.STEP, 0.1, None), (1, Kind.CONTINUE, 0.8, None), (2, Kind.STEP, 0.5, "4")]:
+        node = search.tree.reserve(parent, kind)
+        status = NodeStatus.OPEN if answer is None else NodeStatus.ANSWERED
+        search.tree.settle(node, 1, Completion((node,), "x", answer=answer), status, q)
+    assert search.tree.step_ends(3) == [2, 3] and search.tree.step_ends(1) == [1] and search.tree.step_ends(ROOT) == []
+    assert [chain_score(search.tree, 3, how) for how in ("last", "min", "product")] == [0.5, 0.5, 0.4]
+
+
+def test_a_word_that_was_cut_is_not_judged() -> None:
+    search = plain()
+    (request,) = search.ask()
+
+    def judged(words: str, **fields: object) -> str:
+        return search.to_score([request], [text(request, words, **fields)])[0][0]
+
+    assert judged("3 * 7 = 2") == "3 * 7 = 2", "it was not cut"
+    assert judged("3 * 7 = 2", finish="length") == "3 * 7 = "
+    assert judged("3 * 7 = ", finish="length") == "3 * 7 = "
+    assert judged("3*7=2", finish="length") == "3*7=2", "there is nothing else"
+    assert judged(r"so \\boxed{21}", finish="length", answer="21") == r"so \\boxed{21}"
+
+
+@pytest.mark.parametrize("rule", ["merge", "ignore", "resample", "keep"])
+def test_equal_siblings_of_a_batch_are_judged_once(rule: str, tmp_path: Path) -> None:
+    """Whether a crash comes between their tells or not."""
+
+    def opened(file: str) -> Search:
+        return Search(BgMcts(small=OFF), 1000, config=SearchConfig(duplicates=rule), checkpoint=tmp_path / file)
+
+    def scored(search: Search, requests: list[Request]) -> list[Completion]:
+        made = [Completion((5, 6), "same") for _ in requests]
+        places = search.to_score(requests, made)
+        return [replace(each, score=0.8, evaluator_tokens=7) if at in places else each for at, each in enumerate(made)]
+
+    whole, cut = opened("whole"), opened("cut")
+    requests = whole.ask(2)
+    for request, completion in zip(requests, scored(whole, requests)):
+        whole.tell(request, completion)
+    first, _ = cut.ask(2)
+    cut.tell(first, scored(cut, requests)[0])
+    cut = opened("cut")
+    (second,) = cut.outstanding()
+    cut.tell(second, scored(cut, [second])[0])
+    assert fields(cut) == fields(whole)
+    assert whole.budget.evaluator_tokens == (14 if rule == "keep" else 7)
+
+
+# ---- the hand-over to best-of-n ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name not in ("greedy", "best_of_n")])
+def test_every_policy_can_hand_over_to_best_of_n(policy: str, width: int, tmp_path: Path) -> None:
+    """It spends the budget on texts of its own: no cap of the old policy stops it, no text that has ended is continued."""
+    if policy == "ab_mcts":
+        pytest.importorskip("treequest")
+    config = SearchConfig(forced_tokens=0, step_tokens=20)
+    search = Search(policy, 3000, config=config, checkpoint=tmp_path / "run.json")
+    drive(search, MockModel(2, unscored=1.0, answer=0.3), width)
+    tree = search.tree
+    assert any("best-of-n" in note for note in search.result().notes)
+    assert 2900 < search.budget.used <= 3000
+    fresh = [node for node in range(1, len(tree)) if tree.kind[node] == Kind.FULL and tree.parent[node] == ROOT]
+    assert len(fresh) > 50
+    continued = [tree.parent[node] for node in range(1, len(tree)) if tree.kind[node] == Kind.CONTINUE]
+    assert all(tree.truncated[node] for node in continued) and len(set(continued)) == len(continued)
+    votes = sum(answer.votes for answer in search.result().answers)
+    assert votes <= len(fresh) + 20, "one vote a text"
+    again = Search(policy, 3000, config=config, checkpoint=tmp_path / "run.json")
+    assert fields(again) == fields(search) and again.ask() == []
+
+
+def test_other_rules_open_and_close_nodes() -> None:
+    tree = Search(BgMcts(small=OFF, child_cap=2, root_cap=2, refine=True), 1000)
+    grow(tree, [(0, 0.9), (0, 0.2), (1, 0.9), (1, 0.8), (2, 0.5, "4")])
+    nodes = tree.tree
+    for node in (3, 4):
+        nodes.close(node, Closed.ENDED)
+    assert nodes.closed[1] == Closed.EXHAUSTED and nodes.live[ROOT] == [2] and nodes.live[2] == [5]
+    nodes.set_rules(1, None, False)
+    assert (
+        nodes.closed[5] == Closed.ANSWERED and nodes.closed[2] == Closed.EXHAUSTED == nodes.closed[1] and not nodes.closed[ROOT]
+    )
+    nodes.set_rules(3, 2, False)
+    assert not nodes.closed[1] and not nodes.closed[2] and nodes.live[ROOT] == [1, 2] and nodes.closed_count == 3
+    nodes.set_rules(1, 2, False)
+    assert nodes.closed[ROOT] == Closed.EXHAUSTED
+    nodes.set_rules(1, None, False)
+    assert not nodes.closed[ROOT]
+
+
+# ---- cues and the window ----------------------------------------------------------------------------------------------------------
+
+
+def test_cues_fill_the_window_too() -> None:
+    config = SearchConfig(prompt_tokens=50, context_window=100, cue_tokens=15, forced_tokens=30)
+    search = Search("refinement", 1000, config=config)
+    (request,) = search.ask()
+    assert request.max_tokens == 50
+    search.tell(request, text(request, count=10, finish="eos", answer="4"))
+    (request,) = search.ask()
+    assert request.kind == Kind.REFINE and request.max_tokens == 100 - 50 - 10 - 15
+    search.tell(request, text(request, count=5, finish="length"))
+    (request,) = search.ask()
+    assert request.kind == Kind.CONTINUE and request.max_tokens == 100 - 50 - 10 - 15 - 5
+    search.tell(request, text(request, count=5, finish="eos", answer="5"))
+    assert search.tree.closed[request.node] == Closed.TOO_LONG, "15 tokens are left, and the cue takes them"
+    assert search.ask()[0].parent == ROOT
+
+
+def test_a_forced_answer_leaves_room_for_its_cue() -> None:
+    config = SearchConfig(prompt_tokens=50, context_window=99, cue_tokens=15, forced_tokens=30, step_tokens=25)
+    search = Search(BgMcts(small=OFF, k=1, child_cap=1, root_cap=1), 1000, config=config)
+    (request,) = search.ask()
+    search.tell(request, text(request, count=25))  # no room for a step of 25
+    (request,) = search.ask()
+    assert request.kind == Kind.FORCED and request.max_tokens == 99 - 50 - 25 - 15
+
+
+# ---- steps that say nothing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["beam", "rebase", "tree_bon"])
+def test_levels_draw_nothing_below_a_node_that_has_nothing_to_say(policy: str) -> None:
+    search = Search(make_policy(policy, {"samples": 4}), 10_000)
+    for request in search.ask(4):
+        search.tell(request, text(request, score=1.0 if request.node == 1 else 0.0))
+    empty = [0]
+    for _ in range(20):
+        (request,) = search.ask()
+        if request.parent == 1:
+            empty[0] += 1
+            search.tell(request, Completion((), ""))
+        else:
+            search.tell(request, text(request))
+    assert empty[0] == 2 and search.tree.closed[1] == Closed.EMPTY

@@ -17,6 +17,7 @@ from conftest import make_tiny_llama
 from specdec.engine import Engine
 from specdec.search.answers import AnswerFormat
 from specdec.search.bg_mcts import BgMcts
+from specdec.search.evaluators import Evaluator
 from specdec.search.policies import make_policy
 from specdec.search.prompts import Prompts
 from specdec.search.reasoner import Problem, Reasoner
@@ -51,19 +52,21 @@ def by_letters(problem: str, steps: list[str]) -> float:
     return (sum(map(ord, "".join(steps))) % 97) / 96
 
 
-def make_problem(tokenizer: Any, policy: Policy) -> Problem:
+def make_problem(tokenizer: Any, policy: Policy, evaluator: Evaluator = by_letters) -> Problem:
     config = SearchConfig(step_tokens=9, full_tokens=25, forced_tokens=8)
     search = Search(policy, 160, SEED, config)
-    return Problem(QUESTION, search, by_letters, PROMPTS.encode(tokenizer, QUESTION), index=2)
+    return Problem(QUESTION, search, evaluator, PROMPTS.encode(tokenizer, QUESTION), index=2)
 
 
-def both(model: Any, tokenizer: Any, policy: Any, answers: AnswerFormat, width: int) -> tuple[SearchTree, SearchTree]:
+def both(
+    model: Any, tokenizer: Any, policy: Any, answers: AnswerFormat, width: int, evaluator: Evaluator = by_letters
+) -> tuple[SearchTree, SearchTree]:
     """Reasoner's tree with everything on, and the plain one."""
     engine = Engine(model, tokenizer, method="best_first", budget=6, max_rows=width)
     reasoner = Reasoner(engine, RULE, PROMPTS, answers, PARAMS, SEED, width)
-    ((_, fast),) = reasoner.run([make_problem(tokenizer, policy())])
+    ((_, fast),) = reasoner.run([make_problem(tokenizer, policy(), evaluator)])
     plain = PlainSearch(model, tokenizer, RULE, PROMPTS, answers, PARAMS, engine.eos_token_ids(), SEED, width)
-    return fast.tree, plain.run(make_problem(tokenizer, policy())).tree
+    return fast.tree, plain.run(make_problem(tokenizer, policy(), evaluator)).tree
 
 
 POLICIES = {"bg_mcts": lambda: BgMcts(refine=True), "best_of_n": lambda: make_policy("best_of_n")}
@@ -84,6 +87,22 @@ def test_the_plain_tree_is_the_reasoners(tiny_tokenizer: Any, policy: str, lette
     assert {Kind(kind) for kind in plain.kind[1:]} == EXPECTED[policy, letters]
     assert first_difference(kept(fast), kept(plain)) is None
     assert fast.to_dict() == plain.to_dict(), "texts, answers, kinds and statistics too"
+
+
+def test_both_judge_a_text_with_the_piece_that_it_goes_on_with(tiny_tokenizer: Any) -> None:
+    seen: list[list[str]] = []
+
+    def judged(problem: str, steps: list[str]) -> float:
+        seen.append(list(steps))
+        return by_letters(problem, steps)
+
+    model = make_tiny_llama(initializer_range=0.3)
+    for tree in both(model, tiny_tokenizer, POLICIES["bg_mcts"], Letters(" jklm"), 4, judged):
+        nodes = [node for node in range(1, len(tree)) if tree.copies[node]]
+        assert any(tree.kind[node] == Kind.CONTINUE and not tree.truncated[node] for node in nodes)
+        assert all(tree.steps(node) in seen[: len(nodes)] for node in nodes if not tree.truncated[node])
+        del seen[: len(nodes)]
+    assert not seen, "every node is judged once"
 
 
 def test_differences_are_named() -> None:

@@ -112,6 +112,23 @@ def test_incomplete_character_ends_no_step() -> None:
     assert StopStrings(("世",), keep=False).cut(ids, tokenizer) == (2, "", 3)
 
 
+@pytest.mark.parametrize(
+    ("rule", "text", "blank"),
+    [
+        (StopStrings(), "\nStep", True),
+        (StopStrings(), " \n\nStep", True),
+        (StopStrings(), "Step", False),
+        (StopStrings(), ". \nStep", False),
+        (Newline(), " \n", True),
+        (Newline(), "a\n", False),
+        (Tokens(count=3), "   ", True),
+        (Tokens(count=3), " a ", False),
+    ],
+)
+def test_steps_that_say_nothing(rule: StepRule, text: str, blank: bool) -> None:
+    assert rule.blank(text) is blank
+
+
 @pytest.mark.parametrize("name", ["steps", "newline", "paragraph", "code", "tokens:64"])
 def test_rules_by_name(name: str) -> None:
     assert isinstance(make_rule(name), StepRule)
@@ -123,7 +140,7 @@ def test_bad_rule(bad: Any) -> None:
         make_rule(bad)
 
 
-@pytest.mark.parametrize("options", [{"strings": ()}, {"strings": "ab"}, {"strings": ("",)}, {"max_tokens": 0}])
+@pytest.mark.parametrize("options", [{"strings": ()}, {"strings": "ab"}, {"strings": ("",)}])
 def test_bad_options(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         StopStrings(**options)

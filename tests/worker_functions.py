@@ -29,3 +29,13 @@ def slow_evaluator(problem: str, steps: list[str]) -> float:
     if problem == "hang":
         time.sleep(1000)
     return {"none": None, "nan": float("nan")}.get(problem, 0.25)  # type: ignore[return-value]
+
+
+class Priced:
+    """An evaluator that costs ten tokens a call."""
+
+    def __call__(self, problem: str, steps: list[str]) -> tuple[float, int]:
+        return 0.5, 10
+
+    def cost(self, problem: str, steps: list[str]) -> int:
+        return 10

@@ -9,9 +9,10 @@ A driver asks for up to n requests, generates and scores them by any means, and 
         for request in requests:                                 # one batch; tell in this order and runs are reproducible
             prefix = search.tree.path_token_ids(request.parent)  # ids of the path, prompt excluded
             ids, text = model(prefix, request.kind, request.max_tokens, request.stream)
-            scored = search.needs_score(request, ids, text)      # False: empty, or a sibling said the same
-            score = evaluator([*search.tree.steps(request.parent), text]) if scored else None
-            search.tell(request, Completion(ids, text, finish="stop", score=score, answer=parse(text)))
+            told = Completion(ids, text, finish="stop", answer=parse(text))
+            for steps in search.to_score([request], [told]).values():    # none: empty, or a sibling said the same
+                told = replace(told, score=evaluator(steps))
+            search.tell(request, told)
     result = search.result()                                     # at any time: answer, status, tokens, the tree
     search.resume(extra=1000)                                    # and on with the same loop
 

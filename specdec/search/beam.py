@@ -71,7 +71,9 @@ class Levels(Policy):
     def told(self, node: int) -> None:
         if self.tree.status[node] == NodeStatus.OPEN:
             self._told.append(node)
-        elif self.tree.status[node] != NodeStatus.DROPPED:
+        elif self.tree.status[node] == NodeStatus.DROPPED:  # its parent may have nothing more to say
+            self._todo = [each for each in self._todo if not self.tree.closed[each] and self.tree.cap(each)]
+        else:
             self._completed += 1
 
     def propose(self) -> Proposal | None:

@@ -139,11 +139,12 @@ class Budget:
         """JSON types; see `restore`."""
         flights = {str(request): list(flight) for request, flight in self._flights.items()}
         meters = {name: getattr(self, name) for name in METERS}
-        return {"total": self.total, "reserve": self.reserve, "elapsed": self.elapsed, "in_flight": flights, **meters}
+        limits = {"total": self.total, "reserve": self.reserve, "seconds": self.seconds}
+        return {**limits, "elapsed": self.elapsed, "in_flight": flights, **meters}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Undo `state`; the time between the two does not count."""
-        for name in ("total", "reserve", *METERS):
+        for name in ("total", "reserve", "seconds", *METERS):
             setattr(self, name, state[name])
         self._flights = {int(request): _Flight(*flight) for request, flight in state["in_flight"].items()}
         self._held = sum(flight.most for flight in self._flights.values())

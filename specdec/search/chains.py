@@ -86,9 +86,11 @@ class Chains:
         cut = None if request.full else self.step.cut(token_ids, self.tokenizer)
         if cut is not None:
             token_ids, finish = token_ids[: cut.tokens], Finish.STOP
-        self._pieces[request.node] = [*cue, *token_ids]
         known = [*self.path_ids(request.parent), *cue]
         text = self._decode([*known, *token_ids])[len(self._decode(known)) :]
+        if cut is not None and self.step.blank(text):
+            token_ids, text = [], ""  # a step that is nothing but its boundary is an empty one
+        self._pieces[request.node] = [*cue, *token_ids]
         answer = self.answers.read(self.answer_begins(request) + text)
         return Completion(tuple(token_ids), text, finish, answer=answer, generated=generated, **meters)
 

@@ -33,6 +33,7 @@ _OPERATION = re.compile(r"[0-9)]\s*[-+*/]")
 _BULLET = re.compile(r"^\s*(?:[-+*•]|[0-9]+[.)])\s+", re.MULTILINE)
 _STEP = re.compile(r"(-?[0-9./]+)\s*([-+*/x])\s*\(?(-?[0-9./]+)\)?\s*=\s*\(?(-?[0-9./]+)")
 _LEFT = re.compile(r"left\s*:\s*([-0-9./, ]+)", re.IGNORECASE)
+_UNFINISHED = re.compile(r"\(\s*left\b[^)\n]*\Z", re.IGNORECASE)  # a text that was cut has not said yet what is left
 _TARGET = re.compile(r"(?:target|make|makes|making|equals?|obtain|reach|get)\b[^0-9\n-]{0,30}(-?[0-9]+)", re.IGNORECASE)
 _LIST = re.compile(
     r"(?:numbers?|using|use|input)\b[^0-9\n]{0,30}((?:-?[0-9]+(?:\s*,\s*(?:and\s+)?|\s+and\s+|\s+))+-?[0-9]+)", re.IGNORECASE
@@ -96,7 +97,7 @@ class Countdown:
         if answer is not None:
             return float(is_solution(puzzle, answer))
         left = Counter(map(Fraction, puzzle.numbers))
-        for line in text.split("\n"):
+        for line in _UNFINISHED.sub("", text).split("\n"):
             if not _take(left, line):
                 return 0.0
         return 1.0 if reachable(tuple(left.elements()), Fraction(puzzle.target), puzzle.use_all) else DEAD_END

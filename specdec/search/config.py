@@ -24,8 +24,9 @@ class SearchConfig:
             "resample" draws once more with another stream (then merges), "keep" is a node of its own (as BG-MCTS is coded).
         truncated_answers: a cut text that holds an answer is answered (BG-MCTS's code refuses).
         prompt_tokens, context_window: a node after which another step might not fit is closed; None: no window.
+        cue_tokens: most that the driver inserts before a REFINE or a FORCED; they fill the window too (`Prompts.cue_tokens`).
         answer_rule, chain_score: see `vote`.
-        seconds: wall-clock limit.
+        seconds: wall-clock limit; after it nothing is asked for but the forced answer.
         count_evaluator, evaluator_max_tokens: charge the evaluator's tokens to the same budget, so many an evaluation at most.
         max_failures: failed evaluations in a row after which best-of-n with a majority vote takes over; 0: never.
         length: hints of how long a chain is.
@@ -41,6 +42,7 @@ class SearchConfig:
     duplicates: str = "merge"
     truncated_answers: bool = True
     prompt_tokens: int = 0
+    cue_tokens: int = 0
     context_window: int | None = None
     answer_rule: str = "auto"
     chain_score: str = "last"
@@ -55,7 +57,7 @@ class SearchConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, least in {"step_tokens": 1, "forced_tokens": 0, "prompt_tokens": 0, "max_failures": 0}.items():
+        for name, least in {"step_tokens": 1, "forced_tokens": 0, "prompt_tokens": 0, "cue_tokens": 0, "max_failures": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("full_tokens", "context_window", "evaluator_max_tokens"):

@@ -20,6 +20,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from specdec.search.worker import Worker
@@ -101,7 +103,8 @@ class Judge:
         return self.failures >= self.max_failures
 
     def __call__(self, problem: Any, steps: Seq[str], max_tokens: int | None = None) -> Outcome:
-        """Evaluate one chain; `max_tokens` bounds both calls together, for evaluators that know their cost."""
+        """Evaluate one chain; `max_tokens` bounds both calls together: beyond it an evaluator that knows its cost is not asked, and
+        of one that does not the score is refused."""
         return self._counted(self._alone((problem, steps), max_tokens, attempts=2))
 
     def batch(self, items: Seq[Item], max_tokens: int | None = None) -> list[Outcome]:
@@ -119,16 +122,29 @@ class Judge:
         tokens, error = 0, ""
         price = getattr(self.evaluator, "cost", lambda *_: 0)
         for _ in range(attempts):
+            needed = tokens
             try:
-                needed = tokens + price(*item)
+                needed += price(*item)
                 if max_tokens is not None and needed > max_tokens:
                     return Outcome(None, tokens, error or f"an evaluation costs {needed} tokens, {max_tokens} are allowed")
                 score = as_score(self.evaluator(*item))
-                return Outcome(self._clamped(score.value), tokens + score.tokens)
             except Exception as failure:  # evaluators are anybody's code, and raise whatever they like
                 error = f"{type(failure).__name__}: {failure}"
                 tokens = needed
+                continue
+            if max_tokens is not None and tokens + score.tokens > max_tokens:
+                return self._overspent(tokens + score.tokens, max_tokens)
+            return Outcome(self._clamped(score.value), tokens + score.tokens)
         return Outcome(None, tokens, error)
+
+    def _overspent(self, tokens: int, allowed: int) -> Outcome:
+        """The limit is hard: what was spent beyond it is not counted, and bought nothing."""
+        error = (
+            f"the evaluator spent {tokens} tokens, {allowed} are allowed; fix: a method cost(problem, steps) that says so beforehand, "
+            "or a higher evaluator_max_tokens"
+        )
+        self._warn(error)
+        return Outcome(None, allowed, error)
 
     def _checked(self, said: Any) -> Outcome | None:
         try:
@@ -138,10 +154,15 @@ class Judge:
         return Outcome(self._clamped(score.value), score.tokens)
 
     def _clamped(self, value: float) -> float:
-        if not 0 <= value <= 1 and not self._warned:
-            self._warned = True
-            warnings.warn(f"the evaluator gave {value:g}: scores are clamped to [0, 1]", stacklevel=5)
+        if not 0 <= value <= 1:
+            self._warn(f"the evaluator gave {value:g}: scores are clamped to [0, 1]")
         return min(1.0, max(0.0, value))
+
+    def _warn(self, message: str) -> None:
+        """The first time alone."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=6)
 
     def _counted(self, outcome: Outcome) -> Outcome:
         self.failures = self.failures + 1 if outcome.score is None else 0
@@ -172,7 +193,7 @@ class _Joined:
 
 def mean(*evaluators: Evaluator) -> Evaluator:
     """The arithmetic mean."""
-    return _Joined(_some(evaluators), lambda values: sum(values) / len(values))
+    return _Joined(_some(evaluators), fmean)
 
 
 def minimum(*evaluators: Evaluator) -> Evaluator:
@@ -194,7 +215,7 @@ def weighted(weights: Mapping[Evaluator, float]) -> Evaluator:
     shares = list(weights.values())
     if any(not math.isfinite(share) or share < 0 for share in shares) or not sum(shares) > 0:
         raise ValueError(f"weights must be finite, >= 0 and not all 0, got {shares}")
-    return _Joined(tuple(weights), lambda values: sum(w * v for w, v in zip(shares, values)) / sum(shares))
+    return _Joined(tuple(weights), partial(fmean, weights=shares))
 
 
 @dataclass(frozen=True)
@@ -276,6 +297,7 @@ class timeout:
     """
 
     def __init__(self, evaluator: Evaluator, seconds: float) -> None:
+        self._inner = evaluator
         self._worker = Worker(_Plain(evaluator), seconds)
 
     def __call__(self, problem: Any, steps: Seq[str]) -> Score:
@@ -286,6 +308,9 @@ class timeout:
             WorkerError: it raised.
         """
         return Score(*self._worker(problem, list(steps)))
+
+    def cost(self, problem: Any, steps: Seq[str]) -> int:
+        return _cost(self._inner, problem, steps)
 
     def close(self) -> None:
         """End the process."""

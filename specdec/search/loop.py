@@ -38,13 +38,13 @@ def evaluated(search: Search, request: Request, completion: Completion, score: C
 
     A failure is None, NaN, or one of the exceptions that arithmetic, parsing, timing out and a lost process raise.
     """
-    if completion.error is not None or not search.needs_score(request, completion.token_ids, completion.text):
+    wanted = search.to_score([request], [completion])
+    if not wanted:
         return completion
-    steps = [*search.tree.steps(request.parent), completion.text]
     value: float | None = None
     for _ in range(2):
         try:
-            value = score(steps)
+            value = score(wanted[0])
         except (ArithmeticError, ValueError, LookupError, TypeError, RuntimeError, OSError):
             value = None
         if value is not None and value == value:  # not NaN

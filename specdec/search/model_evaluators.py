@@ -120,15 +120,22 @@ class SelfConsistency:
     Args:
         sample: (problem, steps, n) -> Rollouts: n texts that continue the steps.
         answers: how to read them; texts without an answer agree with nothing.
+        rollout_tokens: most tokens of one of these texts; None: unknown, so that a limit is noticed only after it was passed.
     """
 
     sample: Callable[[Any, Seq[str], int], Rollouts]
     answers: AnswerFormat
     n: int = 4
+    rollout_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n must be >= 1, got {self.n}")
+        if self.rollout_tokens is not None and self.rollout_tokens < 1:
+            raise ValueError(f"rollout_tokens must be >= 1 or None, got {self.rollout_tokens}")
+
+    def cost(self, problem: Any, steps: Seq[str]) -> int:
+        return self.n * (self.rollout_tokens or 0)
 
     def __call__(self, problem: Any, steps: Seq[str]) -> Score:
         answer = self.answers.read("".join(steps))
@@ -138,7 +145,7 @@ class SelfConsistency:
         return Score(agreeing / self.n, rollouts.tokens)
 
 
-@dataclass
+@dataclass(eq=False)  # two are never the same, and so can be the keys of `weighted`
 class RewardModel:
     """An AutoModelForSequenceClassification: sigmoid of its one logit, or the softmax probability of its label `positive`.
 

@@ -121,6 +121,12 @@ class Prompts:
         """Token ids to append to a path so that the model states its answer. The answer format reads cue and answer together."""
         return _cue(tokenizer, path, self.answer, eos_token_ids)
 
+    def cue_tokens(self, tokenizer: Any, eos_token_ids: frozenset[int] = frozenset()) -> int:
+        """Most tokens of a cue, wherever it stands."""
+        paths: list[list[int]] = [[], *([token] for token in eos_token_ids)]
+        cues = (cue(tokenizer, path, eos_token_ids) for path in paths for cue in (self.reconsider_ids, self.answer_ids))
+        return max(len(cue) for cue in cues)
+
     def _chat(self, text: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": text}]

@@ -3,7 +3,8 @@
     ask -> rows of the engine, each from its parent's segments -> step until all of a search's rows have ended -> score -> tell
 
 A search is told its results in the order of asking, whatever the others do, and every request draws from its own stream, so a tree
-depends neither on the batch nor on what was cached (token for token in fp32).
+depends neither on the batch nor on what was cached (token for token in fp32). What is in flight at a cancel is thrown away and
+generated again by whoever resumes the search; its tokens are charged when they are told, once.
 """
 
 from __future__ import annotations
@@ -127,20 +128,23 @@ class Reasoner:
                 else:
                     self._take(coming, live)
                 for problem in [each for each in live if not each.running]:
-                    # Not self.cancelled: set since, by an event or a signal, it would end a search that does not know of it.
-                    if problem.search.cancelled or not self._ask(problem):
+                    try:
+                        # Not self.cancelled: set since, by an event or a signal, it would end a search that does not know of it.
+                        over = problem.search.cancelled or not self._ask(problem)
+                    except GenerationError as error:
+                        yield problem, self._failed(problem, live, error)
+                        continue
+                    if over:
                         live.remove(problem)
                         yield problem, self._finish(problem)
                 if not live and (self.cancelled or not self._take(coming, live)):
                     return
-                self.engine.step()
+                self._step(live)
                 for problem in [each for each in live if all(seq.finished for _, seq in each.running)]:
                     try:
                         self._tell(problem)
                     except GenerationError as error:
-                        live.remove(problem)
-                        self._finish(problem)
-                        yield problem, error
+                        yield problem, self._failed(problem, live, error)
         finally:
             for problem in live:
                 self._drop(problem)
@@ -161,10 +165,25 @@ class Reasoner:
         return self.cancel is not None and self.cancel.is_set()
 
     def _drop(self, problem: Problem) -> None:
-        """Stop what is being generated for a search."""
+        """Stop what is being generated for a search, uncharged."""
         for _, seq in problem.running:
             self.engine.cancel(seq)
         problem.running = []
+
+    def _step(self, live: list[Problem]) -> None:
+        """One step of the engine. What it raises ends the texts that were being generated, not the searches."""
+        try:
+            self.engine.step()
+        except Exception as error:  # a model is anybody's code, and memory runs out anywhere
+            running = [seq for problem in live for _, seq in problem.running]
+            going = [seq for seq in running if not seq.finished]
+            failed = [seq for seq in going if seq not in self.engine.waiting] or going
+            for seq in running:
+                if seq in failed:
+                    self.engine.cancel(seq)
+                    seq.finish_reason, seq.error = "error", error
+                elif seq.finished:
+                    self.engine.cancel(seq)  # which frees its row, as the end of the step would have done
 
     # ---- asking
 
@@ -176,7 +195,11 @@ class Reasoner:
                 problem.tree, problem.prompt_ids, self.tokenizer, self.step, self.prompts, self.answers, self.eos
             )
         for request in requests:
-            seq = self._sequence(problem, request)
+            try:
+                seq = self._sequence(problem, request)
+            except ValueError as error:  # more than this engine can hold
+                problem.search.tell(request, Completion((), "", error=str(error)))
+                continue
             problem.running.append((request, seq))
             self.engine.add(seq)
         return bool(requests)
@@ -203,11 +226,19 @@ class Reasoner:
         running, problem.running = problem.running, []
         completions = [self._completion(problem, request, seq) for request, seq in running]
         self._score(problem, [request for request, _ in running], completions)
-        for (request, _), completion in zip(running, completions):
-            problem.search.tell(request, completion)
-            if problem.tree.status[request.node] == NodeStatus.DROPPED:
+        failure: GenerationError | None = None
+        for (request, seq), completion in zip(running, completions):
+            try:
+                problem.search.tell(request, completion)
+            except GenerationError as error:  # raised once the others of this batch are told
+                error.__cause__ = seq.error
+                failure = failure or error
+            if problem.tree.status[request.node] in (NodeStatus.DROPPED, NodeStatus.PENDING):  # PENDING: it is drawn anew
                 self.segments.discard((problem.index, request.node))
             self._report(problem, request.node)
+        if failure is not None:
+            failure.result = problem.search.result()
+            raise failure
 
     def _completion(self, problem: Problem, request: Request, seq: Sequence) -> Completion:
         problem.steps += len(seq.accept_lengths)
@@ -223,17 +254,12 @@ class Reasoner:
 
     def _score(self, problem: Problem, requests: Seq[Request], completions: list[Completion]) -> None:
         """Enter the evaluator's scores, in one batch where it can."""
-        search = problem.search
-        wanted = [
-            place
-            for place, (request, completion) in enumerate(zip(requests, completions))
-            if completion.error is None and search.needs_score(request, completion.token_ids, completion.text)
-        ]
+        wanted = problem.search.to_score(requests, completions)
         if problem.judge is None:
             for place in wanted:
                 completions[place] = replace(completions[place], score=0.5)
             return
-        chains = [(problem.question, [*problem.tree.steps(requests[place].parent), completions[place].text]) for place in wanted]
+        chains = [(problem.question, steps) for steps in wanted.values()]
         limit = min((most for place in wanted if (most := requests[place].evaluator_max_tokens) is not None), default=None)
         for place, outcome in zip(wanted, problem.judge.batch(chains, limit)):
             completions[place] = replace(completions[place], score=outcome.score, evaluator_tokens=outcome.tokens)
@@ -248,6 +274,13 @@ class Reasoner:
         problem.search.close()
         self._forget(problem)
         return result
+
+    def _failed(self, problem: Problem, live: list[Problem], error: GenerationError) -> GenerationError:
+        """The model failed twice on a request of this search, which ends; the others go on."""
+        live.remove(problem)
+        self._drop(problem)
+        self._finish(problem)
+        return error
 
     def _forget(self, problem: Problem) -> None:
         """Free the K/V and the token ids of a search."""

@@ -116,7 +116,7 @@ class Result:
     text: str  # of the path to `node`, prompt excluded
     score: float | None
     answers: tuple[Answer, ...]  # best first
-    used: int  # policy output tokens (and the evaluator's where the budget counts them); never more than the budget
+    used: int  # policy output tokens of the texts told (and the evaluator's where the budget counts them), at most the budget
     evaluator_tokens: int
     prefill_tokens: int
     cached_tokens: int

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from specdec.search.config import SearchConfig
 from specdec.search.journal import Journal, read_snapshot
 from specdec.search.policies import make_policy
 from specdec.search.request import Completion, Finish, GenerationError, Kind, Policy, Request, Result, Status
-from specdec.search.search_tree import ROOT, Closed, NodeStatus, SearchTree
+from specdec.search.search_tree import ROOT, Closed, NodeStatus, SearchTree, add_piece
 from specdec.search.small_budget import best_leaf
 from specdec.search.vote import rank_answers
 
@@ -139,20 +141,50 @@ class Search:
         """Whether this text would be evaluated: not if it is empty, equal to a sibling's, or a forced answer."""
         return not (request.kind == Kind.FORCED or _empty(token_ids, text) or self._twin(request, token_ids) is not None)
 
+    def to_score(self, requests: Seq[Request], completions: Seq[Completion]) -> dict[int, list[str]]:
+        """What an evaluator has to judge of a batch: place -> the steps up to the end of that text, its own the last of them.
+
+        A text that goes on with one that was cut is one step with it. Of equal texts the first alone is judged, as if each had been
+        told before the next was looked at: it is the same whether a crash comes between two tells or not.
+        """
+        wanted: dict[int, list[str]] = {}
+        seen: set[tuple[int, tuple[int, ...]]] = set()
+        for place, (request, completion) in enumerate(zip(requests, completions, strict=True)):
+            ids = tuple(completion.token_ids)
+            if completion.error is not None or not self.needs_score(request, ids, completion.text):
+                continue
+            if self.config.duplicates == "keep" or (request.parent, ids) not in seen:
+                seen.add((request.parent, ids))
+                wanted[place] = self._steps(request, completion)
+        return wanted
+
     def cancel(self) -> None:
-        """Ask for nothing more. What is in flight may still be told; `resume` goes on."""
+        """Ask for nothing more. What is in flight may still be told; `resume` goes on.
+
+        A driver that throws away what it has of it generates it anew, by the same stream: the search is the one that was never
+        cancelled, and those tokens are in `used` once, though they were generated twice.
+        """
         self._write({"cancel": True})
         self.cancelled = True
 
-    def resume(self, extra: int = 0) -> None:
+    def resume(self, extra: int = 0, seconds: float | None = None) -> None:
         """Go on with `extra` tokens more; rho rises at once. With none, a cancelled search goes on as if it had not been.
 
+        Args:
+            extra: tokens.
+            seconds: from now on, in place of what is left of the wall-clock limit; None: a limit that has passed begins anew where
+                there are more tokens, which would be left unused.
+
         Raises:
-            ValueError: negative or no whole number.
+            ValueError: `extra` negative or no whole number, `seconds` negative.
         """
         extra = whole_tokens(extra, "extra")
-        self._write({"resume": extra})
-        self._resume(extra)
+        if seconds is None and extra and self.budget.expired:
+            seconds = self.config.seconds
+        if seconds is not None and not seconds >= 0:
+            raise ValueError(f"seconds must be >= 0 or None, got {seconds}")
+        self._write({"resume": extra, "seconds": seconds})
+        self._resume(extra, seconds)
 
     def result(self) -> Result:
         """What has been found so far."""
@@ -196,6 +228,9 @@ class Search:
     # ---- asking
 
     def _ask(self, n: int, expired: bool) -> list[Request]:
+        if expired and not (self.cancelled or self.budget.in_flight):
+            forced = self._force()
+            return [] if forced is None else [forced]
         requests: list[Request] = []
         while len(requests) < n and not (self.cancelled or expired):
             request = self._repeat() if self._retries else self._next(n - len(requests))
@@ -214,7 +249,7 @@ class Search:
                 break
             parent, kind = proposal
             full = kind == Kind.FULL or (kind != Kind.STEP and self.tree.full[parent])
-            most = min(self._most(full, slots), self.budget.available, self._room(parent))
+            most = min(self._most(full, slots), self.budget.available, self._room(parent, kind))
             if most >= 1:
                 return self._request(parent, kind, full, most)
             self.tree.close(parent, Closed.TOO_LONG)
@@ -225,7 +260,7 @@ class Search:
     def _force(self) -> Request | None:
         """The forced answer: once, at the very end, where there is no answer."""
         leaf = best_leaf(self.tree)
-        most = min(self.config.forced_tokens, self.budget.unreserved, self._room(leaf))
+        most = min(self.config.forced_tokens, self.budget.unreserved, self._room(leaf, Kind.FORCED))
         if self._forced or self.tree.answered or leaf == ROOT or not self.budget.reserve or most < 1:
             return None
         self._forced = True
@@ -243,7 +278,7 @@ class Search:
             kind, parent = Kind(self.tree.kind[node]), self.tree.parent[node]
             full = kind in (Kind.FULL, Kind.FORCED) or (kind != Kind.STEP and self.tree.full[parent])
             free = self.budget.unreserved if kind == Kind.FORCED else self.budget.available
-            most = min(self.config.forced_tokens if kind == Kind.FORCED else self._most(full, 1), free, self._room(parent))
+            most = min(self.config.forced_tokens if kind == Kind.FORCED else self._most(full, 1), free, self._room(parent, kind))
             if most < 1 and self.budget.in_flight:
                 return None
             del self._retries[0]
@@ -272,10 +307,13 @@ class Search:
             share = max(share // slots, math.ceil(_SPREAD * self.config.length.chain(self.tree)))
         return share if self.config.full_tokens is None else min(share, self.config.full_tokens)
 
-    def _room(self, node: int) -> int:
-        """Tokens of the context window that the path to `node` leaves free."""
-        window = self.config.context_window
-        return sys.maxsize if window is None else window - self.config.prompt_tokens - self.tree.path_tokens[node]
+    def _room(self, node: int, kind: Kind) -> int:
+        """Tokens of the context window that the path to `node`, with the cues on it and before it, leaves to such a request."""
+        if self.config.context_window is None:
+            return sys.maxsize
+        cues = self.tree.path_cues[node] + (kind in (Kind.REFINE, Kind.FORCED))
+        taken = self.config.prompt_tokens + self.tree.path_tokens[node] + cues * self.config.cue_tokens
+        return self.config.context_window - taken
 
     # ---- being told
 
@@ -340,6 +378,14 @@ class Search:
             self._close_if_too_long(node)
         return True
 
+    def _steps(self, request: Request, completion: Completion) -> list[str]:
+        """The steps up to the end of this text. Of one that was cut, the last word may be half a word, which would be judged wrong."""
+        steps = self.tree.steps(request.parent)
+        add_piece(steps, request.kind, completion.text)
+        if completion.finish == Finish.LENGTH and completion.answer is None:
+            steps[-1] = _whole_words(steps[-1])
+        return steps
+
     def _twin(self, request: Request, token_ids: tuple[int, ...]) -> int | None:
         return None if self.config.duplicates == "keep" else self.tree.twin(request.parent, tuple(token_ids))
 
@@ -350,7 +396,8 @@ class Search:
         return NodeStatus.ENDED if completion.finish == Finish.EOS or request.kind == Kind.FORCED else NodeStatus.OPEN
 
     def _close_if_too_long(self, node: int) -> None:
-        if self._room(node) < (1 if self.tree.full[node] else self.config.step_tokens):
+        kind = Kind.REFINE if self.tree.status[node] == NodeStatus.ANSWERED else Kind.STEP
+        if self._room(node, kind) < (1 if self.tree.full[node] else self.config.step_tokens):
             self.tree.close(node, Closed.TOO_LONG)
 
     def _score(self, request: Request, completion: Completion) -> float | None:
@@ -363,6 +410,7 @@ class Search:
                 self._note(f"{self._failures} evaluations failed in a row: best-of-n with a majority vote takes over")
                 self._fallen_back = True
                 self._start_policy()
+                self.tree.set_rules(self.policy.child_cap, self.policy.root_cap, self.policy.refine)
             return None
         self._failures = 0
         if not 0 <= completion.score <= 1:
@@ -395,9 +443,11 @@ class Search:
             return Status.TRUNCATED if forced else Status.ANSWERED
         return Status.TRUNCATED if any(not closed for closed in self.tree.closed[1:]) else Status.NO_ANSWER
 
-    def _resume(self, extra: int) -> None:
+    def _resume(self, extra: int, seconds: float | None) -> None:
         self.cancelled = False
-        if extra:
+        if seconds is not None:
+            self.budget.seconds = self.budget.elapsed + seconds
+        if extra or seconds is not None:
             self.budget.extend(extra)
             self._forced = False
             self._set_reserve()
@@ -437,13 +487,18 @@ class Search:
             fields = {**event["completion"], "token_ids": tuple(event["completion"]["token_ids"])}
             self._tell(event["tell"], Completion(**fields))
         elif "resume" in event:
-            self._resume(event["resume"])
+            self._resume(event["resume"], event["seconds"])
         else:
             self.cancelled = True
 
 
 def _empty(token_ids: tuple[int, ...], text: str) -> bool:
     return not token_ids or not text.strip()
+
+
+def _whole_words(text: str) -> str:
+    """Without the last word, where there are others."""
+    return re.sub(r"\S+\Z", "", text) if len(text.split()) > 1 else text
 
 
 def _fields(record: Request | Completion) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from bisect import insort
 from enum import StrEnum
 from math import exp
 from pathlib import Path
@@ -27,7 +28,7 @@ from specdec.search.request import Completion, Finish, Kind
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["ROOT", "Closed", "NodeStatus", "SearchTree"]
+__all__ = ["ROOT", "Closed", "NodeStatus", "SearchTree", "add_piece"]
 
 ROOT = 0
 MAX_EMPTIES = 2
@@ -145,7 +146,8 @@ class SearchTree:
         self.live: list[list[int]] = []  # of these, the open ones
         self.pending: list[int] = []  # in flight below the node
         self.virtual = array("q")  # in flight in its subtree
-        self.path_tokens: list[int] = []  # token ids from the prompt (excluded) to the node
+        self.path_tokens: list[int] = []  # token ids from the prompt (excluded) to the node, cues excluded
+        self.path_cues: list[int] = []  # cues that were inserted on this path
         self.answered: list[int] = []  # nodes that hold an answer
         self.answered_count = self.answered_depths = 0  # of these, without the forced ones; sum of their chain depths
         self.step_count = self.step_tokens = self.full_count = self.full_tokens = 0  # told texts by unit, and their tokens
@@ -178,11 +180,13 @@ class SearchTree:
         """The texts from the root to `node`; the pieces of a step that was cut and continued are one."""
         steps: list[str] = []
         for each in self.path(node):
-            if self.kind[each] == Kind.CONTINUE:
-                steps[-1] += self.text[each]
-            else:
-                steps.append(self.text[each])
+            add_piece(steps, Kind(self.kind[each]), self.text[each])
         return steps
+
+    def step_ends(self, node: int) -> list[int]:
+        """The nodes with which these steps end."""
+        path = self.path(node)
+        return [each for each, after in zip(path, [*path[1:], ROOT]) if self.kind[after] != Kind.CONTINUE]
 
     def cap(self, node: int) -> float:
         """Most texts that may be drawn below `node`; none once the model had nothing to say after it MAX_EMPTIES times running."""
@@ -275,10 +279,27 @@ class SearchTree:
                 return
             node, reason = parent, self._why(parent)
 
+    def _reopen(self, node: int) -> None:
+        self.closed[node] = Closed.NOT
+        self.closed_count -= 1
+        if node != ROOT:
+            insort(self.live[self.parent[node]], node)
+
     def close_if_exhausted(self, node: int) -> None:
         """Close `node` if it has all the children it may have and all are closed."""
         if self._exhausted(node):
             self.close(node, self._why(node))
+
+    def set_rules(self, child_cap: int | None, root_cap: int | None, refine: bool) -> None:
+        """Go on by other rules (see the class): nodes that were exhausted by the old ones may open, others close."""
+        self.child_cap, self.root_cap, self.refine = child_cap, root_cap, refine
+        for node in range(len(self) - 1, -1, -1):  # children before their parents
+            if self.closed[node] == Closed.EXHAUSTED and not self._exhausted(node):
+                self._reopen(node)
+            elif self.status[node] == NodeStatus.ANSWERED and not refine:
+                self.close(node, Closed.ANSWERED)
+            else:
+                self.close_if_exhausted(node)
 
     def set_depth_limit(self, limit: float) -> None:
         """Bias depths count up to `limit`: O(1) while no node is deeper than the old and the new one, else O(nodes)."""
@@ -299,6 +320,7 @@ class SearchTree:
         self.pending.append(0)
         self.virtual.append(0)
         self.path_tokens.append(0)
+        self.path_cues.append(0)
         return node
 
     def _settle(self, node: int, charged: int, completion: Completion) -> int:
@@ -315,6 +337,7 @@ class SearchTree:
         if not self.closed[node]:
             self.live[parent].append(node)
         self.path_tokens[node] = self.path_tokens[parent] + len(self.token_ids[node])
+        self.path_cues[node] = self.path_cues[parent] + (self.kind[node] == Kind.REFINE)
         self._twins.setdefault((parent, self.token_ids[node]), node)
 
     def _count_answer(self, node: int, answer: str | None) -> None:
@@ -383,7 +406,8 @@ class SearchTree:
         tree.token_ids = [tuple(ids) for ids in tree.token_ids]
         count = len(tree)
         tree.children, tree.live = [[] for _ in range(count)], [[] for _ in range(count)]
-        tree.pending, tree.virtual, tree.path_tokens = [0] * count, array("q", [0]) * count, [0] * count
+        tree.pending, tree.virtual = [0] * count, array("q", [0]) * count
+        tree.path_tokens, tree.path_cues = [0] * count, [0] * count
         for node in range(1, count):
             if tree.status[node] == NodeStatus.PENDING:
                 tree.pending[tree.parent[node]] += 1
@@ -420,6 +444,14 @@ class SearchTree:
             for name in ("text", "answer"):
                 fields[name] = _NOT_XML.sub("\ufffd", fields[name])
         networkx.write_graphml(graph, str(path))
+
+
+def add_piece(steps: list[str], kind: Kind, text: str) -> None:
+    """Add the text of such a request to the steps of its parent."""
+    if kind == Kind.CONTINUE:
+        steps[-1] += text
+    else:
+        steps.append(text)
 
 
 def _scalar(value: Any) -> Any:

@@ -45,16 +45,10 @@ class StepRule:
 
     Attributes:
         keep: the boundary's tokens belong to the step.
-        max_tokens: of a step; None: what the search allows.
     """
 
     keep: bool = True
-    max_tokens: int | None = None
     last: ClassVar[str] = ""  # with which every boundary ends: a token without it cannot complete one
-
-    def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be >= 1 or None, got {self.max_tokens}")
 
     def find(self, text: str) -> Span | None:
         """The first boundary; if a text has one, every continuation has it at the same start."""
@@ -70,6 +64,11 @@ class StepRule:
             return Cut(seen, _decode(tokenizer, token_ids[:seen])[span.end :], 0)
         count = _fewest(seen, lambda count: _settled(_decode(tokenizer, token_ids[:count])) >= span.start)
         return Cut(count, _decode(tokenizer, token_ids[:count])[span.start :], seen - count)
+
+    def blank(self, text: str) -> bool:
+        """Whether a step says nothing: it has no more than white space and its boundary."""
+        span = self.find(text)
+        return not text[: None if span is None else span.start].strip()
 
     def ended(self, token_ids: Seq[int], tokenizer: Any) -> int:
         """How many steps have ended in these tokens."""
@@ -90,7 +89,6 @@ class StopStrings(StepRule):
     strings: tuple[str, ...] = ("\n\nStep", "\nStep")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not isinstance(self.strings, tuple) or not self.strings or not all(self.strings):
             raise ValueError(f"strings must be a tuple of non-empty strings, got {self.strings!r}")
 
@@ -107,7 +105,6 @@ class Newline(StepRule):
     last: ClassVar[str] = "\n"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.count < 1:
             raise ValueError(f"count must be >= 1, got {self.count}")
 
@@ -123,9 +120,11 @@ class Tokens(StepRule):
     count: int = 32
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.count < 1:
             raise ValueError(f"count must be >= 1, got {self.count}")
+
+    def find(self, text: str) -> Span | None:
+        return None  # it is not in the text
 
     def cut(self, token_ids: Seq[int], tokenizer: Any) -> Cut | None:
         return Cut(self.count, "", 0) if len(token_ids) >= self.count else None

@@ -30,7 +30,7 @@ def chain_score(tree: SearchTree, node: int, how: str = "last") -> float:
     """Score of the path that ends at `node`, in [0, 1]."""
     if how == "last":
         return tree.q[node]
-    return CHAIN_SCORES[how]([tree.q[each] for each in tree.path(node)])
+    return CHAIN_SCORES[how]([tree.q[each] for each in tree.step_ends(node)])
 
 
 def rank_answers(tree: SearchTree, rule: str = "auto", how: str = "last") -> list[Answer]:
