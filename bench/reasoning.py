@@ -27,9 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from specdec.engine import Engine
 from specdec.models import load
-from specdec.search import SearchConfig
 from specdec.search.bg_mcts import BgMcts
-from specdec.search.policies import POLICIES
 from specdec.search.reason import EVALUATORS, ReasonResult, reason_all
 from specdec.search.request import GenerationError, Kind
 from specdec.search.search_tree import SearchTree
@@ -41,13 +39,14 @@ from .reasoning_metrics import THIRDS, Row
 from .reasoning_report import draw, markdown, summary
 from .reasoning_tasks import GROUPS, ReasoningTask, load_reasoning_tasks
 from .tasks import DEFAULT_DATA
+from .variants import NAMES, NO_BACKTRACK, config_of, policy_of
 
 __all__ = ["Run", "Setup", "by_thirds", "main", "pending", "search_all"]
 
 GREEDY = "greedy"
-POLICIES_SHOWN = "greedy,best_of_n,refinement,beam,rebase,tree_bon,mcts,bg_mcts,bg_mcts_printed,bg_mcts_coded"
-AS_CODED = SearchConfig(duplicates="keep", truncated_answers=False, forced_tokens=0, answer_rule="best")  # see BgMcts.coded
-CONFIGS = dict.fromkeys(("bg_mcts_coded", "bg_mcts_printed", "mcts_coded"), AS_CODED)
+POLICIES_SHOWN = (
+    "greedy,best_of_n,refinement,beam,rebase,tree_bon,mcts,bg_mcts," + NO_BACKTRACK + ",bg_mcts_printed,bg_mcts_coded"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +99,13 @@ def search_all(engine: Engine, run: Run, tasks: list[ReasoningTask], places: lis
         [tasks[place].problem for place in places],
         run.budget,
         setup.evaluator_of(first),
-        run.policy,
+        policy_of(run.policy),
         run.seed,
         temperature=0.0 if run.policy == GREEDY else setup.temperature,
         answers=first.answers,
         step=first.step,
         prompts=first.prompts,
-        config=replace(CONFIGS.get(run.policy, SearchConfig()), length=first.length),
+        config=replace(config_of(run.policy), length=first.length),
         width=setup.width,
         places=places,
     )
@@ -187,7 +186,7 @@ def _write(out: Path, rows: list[Row], settings: dict[str, Any]) -> list[str]:
 
 def main(
     tasks: Annotated[str, typer.Option(help="arithmetic, countdown, gsm8k, math500")] = "arithmetic,countdown",
-    policies: Annotated[str, typer.Option(help=", ".join(POLICIES))] = POLICIES_SHOWN,
+    policies: Annotated[str, typer.Option(help=", ".join(NAMES))] = POLICIES_SHOWN,
     budgets: Annotated[str, typer.Option(help="output tokens")] = "300,600,1200",
     problems: Annotated[int, typer.Option(min=1, help="of each group")] = 20,
     seeds: Annotated[str, typer.Option(help="of the texts; the problems are the same for all")] = "0,1,2",
@@ -208,7 +207,7 @@ def main(
     console = Console(stderr=True)
     try:
         groups = _names("tasks", tasks, list(GROUPS))
-        chosen = _names("policies", policies, list(POLICIES))
+        chosen = _names("policies", policies, list(NAMES))
         _names("evaluator", evaluator, ["oracle", "none", *EVALUATORS])
         sizes = {"arithmetic": {"steps": length}, "countdown": {"numbers": numbers}}
         loaded = {group: load_reasoning_tasks(group, problems, data=data, **sizes.get(group, {})) for group in groups}

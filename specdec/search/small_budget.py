@@ -3,6 +3,7 @@
 Step-wise search answers nothing where the budget holds less than about two chains. With B = the budget, L = tokens of a chain (both
 estimated as `ChainLength` says), each rule off where its factor is 0::
 
+    B < single_chain * L    one chain, and nothing after it
     B < first_dive * L      follow one chain to its end before anything else
     B < backtrack * L       then always extend, among the nodes that fit, the one that promised most and kept least:
                             q(x) * (1 - the best mean q of a subtree below x); q of the prompt is 1, nothing below counts 0
@@ -11,7 +12,9 @@ estimated as `ChainLength` says), each rule off where its factor is 0::
 A node fits where finishing a chain from it costs at most slack * what is left. If nothing fits, the search stops where there is an
 answer, and goes on with the deepest leaf where there is none. Example of `backtrack`: below the prompt a chain of q = .9, .9, .1, .1;
 the second node promised .9 and its subtree below has mean .1, so .81; the first has .9 * (1 - .37); a second third step is drawn.
-(`backtrack` is not in the paper. On the synthetic reasoner it is worth more than every other rule: `python -m bench.controller`.)
+`backtrack` is in neither the paper nor search.md, and while it is on it takes every decision: BG-MCTS's own selection begins at
+8 L. On the synthetic reasoner it is worth more than every other rule; `python -m bench.controller` has the rows without it.
+`single_chain` (search.md: 1.2) is off: what it would leave unspent finds answers (`--ablation`).
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ WAIT = -2
 class SmallBudget:
     """Factors of the rules above."""
 
+    single_chain: float = 0.0
     first_dive: float = 3.0
     backtrack: float = 8.0
     finish: float = 1.3
@@ -41,7 +45,9 @@ class SmallBudget:
     def node(self, tree: SearchTree, budget: Budget, length: ChainLength) -> int | None:
         """The node to extend now, WAIT for what is in flight, STOP, or None: search."""
         chains = budget.total / length.chain(tree)
-        if chains < self.first_dive and not tree.answered_count and not tree.closed_count:
+        if chains < self.single_chain and tree.answered_count:
+            return WAIT if tree.virtual[ROOT] else STOP
+        if chains < max(self.first_dive, self.single_chain) and not tree.answered_count and not tree.closed_count:
             return WAIT if tree.virtual[ROOT] else _deepest(tree, tree.open_leaves())
         if chains < self.backtrack:
             return self._backtrack(tree, budget, length)
