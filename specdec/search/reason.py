@@ -300,10 +300,3 @@ def _one_each(name: str, given: Iterable[Any] | None, default: Iterator[Any]) ->
         seen.add(each)
         yield each
     raise ValueError(f"{name} must have one entry a problem, got fewer")
-
-
-def name_of(option: Any) -> str | None:
-    """What results and checkpoints call an evaluator or a policy."""
-    if option is None or isinstance(option, str):
-        return option
-    return str(getattr(option, "__qualname__", type(option).__qualname__))
