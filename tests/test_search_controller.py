@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.controller import BASELINES, ablations, difference, misses, named, play
+from bench.controller_time import cycles, grown
 from bench.reasoner import Problem, Reasoner, solve
 from bench.variants import NO_BACKTRACK
 from specdec.search import Kind, NodeStatus, Search, SearchConfig
@@ -149,6 +150,14 @@ def test_repeated_draws_are_texts_that_were_there() -> None:
     solve(search, Reasoner(Problem.make(2, 3), repeat=0.5))
     texts = [search.tree.token_ids[node] for node in search.tree.children[0]]
     assert 0.3 < 1 - len(set(texts)) / len(texts) < 0.7
+
+
+def test_host_time_looks_at_searches_that_end_and_at_watched_ones(tmp_path: Path) -> None:
+    finishing = cycles(10_000, grown("bg_mcts", 2000, 0), tail=0.01)
+    assert 10 < finishing["cycles"] < 60, "it ends with its budget"
+    watched = cycles(40, grown("bg_mcts", 10**9, 0, tmp_path / "run.json"))
+    assert watched["cycles"] == 40 and (tmp_path / "run.json.journal").stat().st_size > 0
+    assert watched["first_ms"] > 0 and watched["p99_ms"] <= watched["worst_ms"]
 
 
 def test_the_command_ends_with_one_json_line() -> None:

@@ -27,7 +27,7 @@ from specdec.search.chain_length import ChainLength
 from specdec.search.config import SearchConfig
 from specdec.search.request import Kind, Policy, Proposal
 from specdec.search.search_tree import ROOT, NodeStatus, SearchTree
-from specdec.search.small_budget import STOP, WAIT, SmallBudget
+from specdec.search.small_budget import STOP, WAIT, OpenNodes, SmallBudget
 
 __all__ = ["AS_CODED", "BgMcts", "next_kind"]
 
@@ -120,6 +120,7 @@ class BgMcts(Policy):
 
     def start(self, tree: SearchTree, budget: Budget, length: ChainLength, seed: int) -> None:
         super().start(tree, budget, length, seed)
+        self._open_nodes = OpenNodes(tree)
         self._queue = (ROOT, 0)  # node, texts still to draw below it
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._saturated = False
@@ -145,7 +146,7 @@ class BgMcts(Policy):
                 warnings.warn(f"the evaluator's last {_RECENT} scores are all about {mean:.3f}: widening explores", stacklevel=2)
 
     def propose(self) -> Proposal | None:
-        node = self.small.node(self.tree, self.budget, self.length)
+        node = self.small.node(self.tree, self.budget, self.length, self._open_nodes)
         if node is None:
             node = self._queued()
         elif node in (STOP, WAIT):
