@@ -15,7 +15,7 @@ FULL ?= results/full-$(shell git describe --always --dirty --abbrev=12)
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ray lint format verify bench bench-full bench-micro bench-reasoning peers clean
+.PHONY: help setup demo test test-ray test-treequest lint format verify bench bench-full bench-micro bench-reasoning peers clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -45,6 +45,17 @@ test: lint
 test-ray: $(STAMP)
 	$(PY) -m pip install --quiet --editable ".[ray]" --no-build-isolation
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "" tests/test_ray.py $(ARGS)
+
+## make test-treequest   AB-MCTS's tests, which make test skips, and TreeQuest's host time beside ours: installs TreeQuest, ten minutes
+# In an environment of its own on top of .venv: TreeQuest's ulid is a module of the same name as another package's.
+TREEQUEST := $(VENV)-treequest/bin/python
+test-treequest: $(STAMP)
+	test -x $(TREEQUEST) || $(PY) -m venv $(VENV)-treequest
+	echo "import site; site.addsitedir('$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(TREEQUEST) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/specdec.pth
+	$(TREEQUEST) -m pip install --quiet "treequest>=0.3.3"
+	OMP_NUM_THREADS=1 $(TREEQUEST) -m pytest -m "" tests/test_search_policies.py -k AbMcts $(ARGS)
+	OMP_NUM_THREADS=1 $(TREEQUEST) -m bench.controller --host-time
 
 ## make lint     ruff check, ruff format --check, mypy
 lint: $(STAMP)

@@ -6,7 +6,9 @@ step j below the prompt with the first step below each state after it. Rules:
 
 * a right state is followed by a right one with the problem's own probability p, a wrong one by wrong ones for ever;
 * a chain ends with an answer at the problem's depth (6 to 10): "right", or one of four wrong ones;
-* the evaluator reads right or wrong with accuracy a, and answers near 1 or near 0.
+* the evaluator reads right or wrong with accuracy a, and answers near 1 or near 0 (within .1); saturated by s, it answers
+  1 - (1 - s)(1 - that), between s and 1: at s = 1 it says nothing;
+* with probability `repeat` a draw is the text of an earlier one at the same place (none by default).
 
 A chain of depth 8 is right with probability p^8, which is drawn from Beta(.7, 1.1) for every problem: some easy, many hard.
 """
@@ -76,8 +78,11 @@ class _State:
 class Reasoner:
     """Model and evaluator of one problem; `complete` answers requests of one search."""
 
-    def __init__(self, problem: Problem, accuracy: float = 0.9, cost: int = 0) -> None:
+    def __init__(
+        self, problem: Problem, accuracy: float = 0.9, cost: int = 0, saturation: float = 0.0, repeat: float = 0.0
+    ) -> None:
         self.problem, self.accuracy, self.cost = problem, accuracy, cost
+        self.saturation, self.repeat = saturation, repeat
         self.states = {ROOT: _State(problem.key, 0, True)}
         self._draws: dict[int, int] = {}
 
@@ -91,7 +96,7 @@ class Reasoner:
         if request.kind == Kind.REFINE:
             state = _State(_mix(state.key, 6), 0, True)
         if not state.left:
-            state = state.child(self.problem, first)
+            state = state.child(self.problem, self._step(state, first))
         while True:
             take = min(state.left, request.max_tokens - written)
             state, written = replace(state, left=state.left - take), written + take
@@ -102,6 +107,12 @@ class Reasoner:
             state = state.child(self.problem, 0)
         self.states[request.node] = state
         return self._completion(state, written, request.full)
+
+    def _step(self, state: _State, draw: int) -> int:
+        """Which step below a state a draw is."""
+        while draw and _uniform(state.key, draw, 7) < self.repeat:
+            draw = int(_uniform(state.key, draw, 8) * draw)
+        return draw
 
     def _completion(self, state: _State, written: int, full: bool) -> Completion:
         done = not state.left and state.depth >= self.problem.depth
@@ -116,7 +127,7 @@ class Reasoner:
     def _score(self, state: _State) -> float:
         seen_right = state.right == (_uniform(state.key, 4) < self.accuracy)
         noise = 0.1 * _uniform(state.key, 5)
-        return 1.0 - noise if seen_right else noise
+        return 1.0 - (1.0 - self.saturation) * (noise if seen_right else 1.0 - noise)
 
 
 def solve(search: Search, reasoner: Reasoner, width: int = 1) -> Result:

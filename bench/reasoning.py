@@ -27,27 +27,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from specdec.engine import Engine
 from specdec.models import load
-from specdec.search import SearchConfig
 from specdec.search.bg_mcts import BgMcts
-from specdec.search.policies import POLICIES
 from specdec.search.reason import EVALUATORS, ReasonResult, reason_all
 from specdec.search.request import GenerationError, Kind
 from specdec.search.search_tree import SearchTree
 
 from .environment import environment
-from .log import Log
+from .log import Log, read_log
 from .plots import STYLE
-from .reasoning_metrics import THIRDS, Row
+from .reasoning_metrics import THIRDS, Row, failed, measured
 from .reasoning_report import draw, markdown, summary
 from .reasoning_tasks import GROUPS, ReasoningTask, load_reasoning_tasks
 from .tasks import DEFAULT_DATA
+from .variants import NAMES, NO_BACKTRACK, config_of, policy_of
 
 __all__ = ["Run", "Setup", "by_thirds", "main", "pending", "search_all"]
 
 GREEDY = "greedy"
-POLICIES_SHOWN = "greedy,best_of_n,refinement,beam,rebase,tree_bon,mcts,bg_mcts,bg_mcts_printed,bg_mcts_coded"
-AS_CODED = SearchConfig(duplicates="keep", truncated_answers=False, forced_tokens=0, answer_rule="best")  # see BgMcts.coded
-CONFIGS = dict.fromkeys(("bg_mcts_coded", "bg_mcts_printed", "mcts_coded"), AS_CODED)
+POLICIES_SHOWN = (
+    "greedy,best_of_n,refinement,beam,rebase,tree_bon,mcts,bg_mcts," + NO_BACKTRACK + ",bg_mcts_printed,bg_mcts_coded"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +61,13 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all runs share: an evaluator by name ("oracle": the task's own, "none"), the texts' temperature, requests a search."""
+    """What all runs share: an evaluator by name ("oracle": the task's own, "none"), the texts' temperature, requests a search, and
+    the commit that is running."""
 
     evaluator: str
     temperature: float
     width: int
+    commit: str | None = None
 
     def evaluator_of(self, task: ReasoningTask) -> Any:
         """As `reason_all` wants it.
@@ -80,8 +81,8 @@ class Setup:
 
 
 def pending(runs: list[Run], tasks: dict[str, list[ReasoningTask]], rows: list[Row]) -> Iterator[tuple[Run, list[int]]]:
-    """What is left: (run, places of its problems)."""
-    done = {(Run(row.group, row.policy, row.budget, row.seed), row.task) for row in rows}
+    """What is left: (run, places of its problems). What failed is left too."""
+    done = {(Run(row.group, row.policy, row.budget, row.seed), row.task) for row in measured(rows)}
     for run in runs:
         left = [place for place, task in enumerate(tasks[run.group]) if (run, task.id) not in done]
         if left:
@@ -89,36 +90,32 @@ def pending(runs: list[Run], tasks: dict[str, list[ReasoningTask]], rows: list[R
 
 
 def search_all(engine: Engine, run: Run, tasks: list[ReasoningTask], places: list[int], setup: Setup) -> Iterator[Row]:
-    """Search the problems at these places; each row as soon as its search has ended.
-
-    Raises:
-        GenerationError: the model failed twice on one request.
-    """
+    """Search the problems at these places; each row as soon as its search has ended, one that failed with its error."""
     first, last = tasks[0], time.perf_counter()
     results = reason_all(
         engine,
         [tasks[place].problem for place in places],
         run.budget,
         setup.evaluator_of(first),
-        run.policy,
+        policy_of(run.policy),
         run.seed,
         temperature=0.0 if run.policy == GREEDY else setup.temperature,
         answers=first.answers,
         step=first.step,
         prompts=first.prompts,
-        config=replace(CONFIGS.get(run.policy, SearchConfig()), length=first.length),
+        config=replace(config_of(run.policy), length=first.length),
         width=setup.width,
         places=places,
     )
     for place, result in results:
-        if isinstance(result, GenerationError):
-            raise result
         now = time.perf_counter()
-        yield _row(run, tasks[place], result, now - last)
+        yield _row(run, tasks[place], result, now - last, setup.commit)
         last = now
 
 
-def _row(run: Run, task: ReasoningTask, result: ReasonResult, seconds: float) -> Row:
+def _row(run: Run, task: ReasoningTask, ended: ReasonResult | GenerationError, seconds: float, commit: str | None) -> Row:
+    error = str(ended) if isinstance(ended, GenerationError) else None
+    result: Any = ended.result if isinstance(ended, GenerationError) else ended
     assert result.used <= run.budget, f"{task.id}: {run.policy} used {result.used} of {run.budget} tokens"
     thirds = by_thirds(result.tree, run.budget)
     return Row(
@@ -142,6 +139,8 @@ def _row(run: Run, task: ReasoningTask, result: ReasonResult, seconds: float) ->
         seconds=seconds,
         widening=[fmean(rank >= BgMcts.k for rank, _ in each) if each else None for each in thirds],
         depth=[fmean(depth for _, depth in each) if each else None for each in thirds],
+        error=error,
+        commit=commit,
     )
 
 
@@ -187,7 +186,7 @@ def _write(out: Path, rows: list[Row], settings: dict[str, Any]) -> list[str]:
 
 def main(
     tasks: Annotated[str, typer.Option(help="arithmetic, countdown, gsm8k, math500")] = "arithmetic,countdown",
-    policies: Annotated[str, typer.Option(help=", ".join(POLICIES))] = POLICIES_SHOWN,
+    policies: Annotated[str, typer.Option(help=", ".join(NAMES))] = POLICIES_SHOWN,
     budgets: Annotated[str, typer.Option(help="output tokens")] = "300,600,1200",
     problems: Annotated[int, typer.Option(min=1, help="of each group")] = 20,
     seeds: Annotated[str, typer.Option(help="of the texts; the problems are the same for all")] = "0,1,2",
@@ -208,11 +207,12 @@ def main(
     console = Console(stderr=True)
     try:
         groups = _names("tasks", tasks, list(GROUPS))
-        chosen = _names("policies", policies, list(POLICIES))
+        chosen = _names("policies", policies, list(NAMES))
         _names("evaluator", evaluator, ["oracle", "none", *EVALUATORS])
         sizes = {"arithmetic": {"steps": length}, "countdown": {"numbers": numbers}}
         loaded = {group: load_reasoning_tasks(group, problems, data=data, **sizes.get(group, {})) for group in groups}
-        setup = Setup(evaluator, temperature, width)
+        here = environment()
+        setup = Setup(evaluator, temperature, width, here["commit"])
         for group in groups:
             setup.evaluator_of(loaded[group][0])
         all_seeds = _numbers("seeds", seeds)
@@ -226,9 +226,9 @@ def main(
         ]
         settings = {
             "model": model or "embedded", "dtype": dtype, "evaluator": evaluator, "temperature": temperature, "width": width, "rows": rows,
-            "sizes": sizes, **environment(),
+            "sizes": sizes, **here,
         }  # fmt: skip
-        log = Log(out, settings, Row)
+        log = _opened(out, settings, console)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
@@ -238,9 +238,31 @@ def main(
         _run(engine, todo, loaded, setup, log, console)
     wanted = {(run, task.id) for run in runs for task in loaded[run.group]}
     kept = [row for row in log.rows if (Run(row.group, row.policy, row.budget, row.seed), row.task) in wanted]
-    files = _write(out, kept, settings)
-    print(json.dumps({"bench": "reasoning", "settings": settings, "groups": summary(kept), "files": files}))
+    files = _write(out, kept, log.settings)
+    print(
+        json.dumps(
+            {"bench": "reasoning", "settings": log.settings, "groups": summary(kept), "errors": len(failed(kept)), "files": files}
+        )
+    )
     sys.stdout.flush()
+
+
+def _opened(out: Path, settings: dict[str, Any], console: Console) -> Log:
+    """The rows so far. A file that another commit began is gone on with, since a run takes hours and its rows name their commits.
+
+    Raises:
+        ValueError: no log, or one of other settings.
+    """
+    if out.exists():
+        begun = read_log(out, Row)[0].get("commit")
+        if begun != settings["commit"]:
+            console.print(
+                f"warning: {out} was begun at commit {begun}, this is {settings['commit']}: whether their rows may be compared "
+                "is for you to know; --out elsewhere keeps them apart",
+                style="yellow", markup=False, soft_wrap=True,
+            )  # fmt: skip
+        settings = {**settings, "commit": begun}
+    return Log(out, settings, Row)
 
 
 def _run(

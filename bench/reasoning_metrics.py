@@ -17,7 +17,20 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BASELINE", "THIRDS", "Interval", "Row", "accuracy", "difference", "mean", "select", "values_of", "verdict"]
+__all__ = [
+    "BASELINE",
+    "THIRDS",
+    "Interval",
+    "Row",
+    "accuracy",
+    "difference",
+    "failed",
+    "mean",
+    "measured",
+    "select",
+    "values_of",
+    "verdict",
+]
 
 BASELINE = "best_of_n"
 RESAMPLES = 2000
@@ -48,6 +61,8 @@ class Row:
     seconds: float  # since the row before it, of searches that run side by side: their sum is the time of all
     widening: list[float | None]  # [3]: share of steps drawn below a node that had its k, by thirds of the budget; None: no steps
     depth: list[float | None]  # [3]: mean depth of the nodes below which steps were drawn
+    error: str | None = None  # the model failed twice on one request: in no figure, counted, and searched again next time
+    commit: str | None = None  # that it was searched with
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +80,22 @@ def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
 
 
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """Rows of searches that ended."""
+    return [row for row in rows if row.error is None]
+
+
+def failed(rows: Iterable[Row]) -> list[Row]:
+    """The last row of every search that has failed and not ended since."""
+    rows = list(rows)
+    ended = {_search(row) for row in measured(rows)}
+    return list({_search(row): row for row in rows if row.error is not None and _search(row) not in ended}.values())
+
+
+def _search(row: Row) -> tuple[Any, ...]:
+    return row.group, row.policy, row.budget, row.seed, row.task
+
+
 def mean(rows: Sequence[Row], name: str) -> float:
     """Of a field; nan without rows."""
     return fmean(getattr(row, name) for row in rows) if rows else float("nan")
@@ -76,9 +107,9 @@ def values_of(rows: Iterable[Row], name: str) -> list[Any]:
     return sorted(found) if name == "budget" else found
 
 
-def accuracy(rows: Sequence[Row]) -> Interval:
-    """Share of right answers."""
-    return _bootstrap(list(_by_problem(rows).values()))
+def accuracy(rows: Sequence[Row], name: str = "right") -> Interval:
+    """Share of right answers, or of rows with another such field."""
+    return _bootstrap(list(_by_problem(rows, name).values()))
 
 
 def difference(rows: Sequence[Row], baseline: Sequence[Row]) -> Interval:
@@ -92,11 +123,11 @@ def verdict(gap: Interval) -> str:
     return "helps" if gap.low > 0 else "hurts" if gap.high < 0 else "no difference"
 
 
-def _by_problem(rows: Sequence[Row]) -> dict[str, float]:
+def _by_problem(rows: Sequence[Row], name: str = "right") -> dict[str, float]:
     """Task -> share of right seeds."""
     right: dict[str, list[bool]] = {}
     for row in rows:
-        right.setdefault(row.task, []).append(row.right)
+        right.setdefault(row.task, []).append(getattr(row, name))
     return {task: fmean(each) for task, each in right.items()}
 
 

@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .reasoning_metrics import BASELINE, THIRDS, Interval, Row, accuracy, difference, mean, select, values_of, verdict
+from .reasoning_metrics import (
+    BASELINE,
+    THIRDS,
+    Interval,
+    Row,
+    accuracy,
+    difference,
+    failed,
+    mean,
+    measured,
+    select,
+    values_of,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +39,7 @@ ORACLE = (
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Group -> policy -> budget -> figures."""
+    rows = measured(rows)
     return {
         group: {
             policy: {str(budget): _figures(rows, group, policy, budget) for budget in values_of(rows, "budget")}
@@ -57,6 +71,7 @@ def _rounded(value: float) -> float | None:
 
 def markdown(rows: Sequence[Row], settings: dict[str, Any]) -> str:
     """The report: a section a group."""
+    errors, rows = failed(rows), measured(rows)
     used = f"{settings['model']}, {settings['dtype']}, temperature {settings['temperature']} (greedy: 0)"
     lines = [f"# Accuracy against budget, evaluator: {settings['evaluator']}", "", f"{used}; {settings['machine']}.", ""]
     lines += [ORACLE, ""] if settings["evaluator"] == "oracle" else []
@@ -65,6 +80,15 @@ def markdown(rows: Sequence[Row], settings: dict[str, Any]) -> str:
         '"no difference" means that none was shown with so many problems.',
         "",
     ]
+    if errors:
+        worst = errors[0]
+        lines += [
+            f"Errors: {len(errors)} searches ended with one and are in no figure, the first {worst.policy} on {worst.task} at "
+            f"{worst.budget}: {worst.error}. The same command searches them again.",
+            "",
+        ]
+    if len(commits := values_of(rows, "commit")) > 1:
+        lines += [f"The rows are of {len(commits)} commits: {', '.join(map(str, commits))}.", ""]
     for group in values_of(rows, "group"):
         lines += _section(select(rows, group=group), group, settings)
     return "\n".join(lines)
@@ -79,7 +103,7 @@ def _section(rows: list[Row], group: str, settings: dict[str, Any]) -> list[str]
         "",
         *_table("accuracy", rows, _accuracy_cell),
         *_table(f"minus {BASELINE}, points", rows, lambda mine: _difference_cell(mine, rows)),
-        *_table("answered, not forced", rows, lambda mine: f"{mean(mine, 'answered'):.0%}"),
+        *_table("answered, not forced", rows, lambda mine: _accuracy_cell(mine, "answered")),
         *_table("right answers in a tree / answers", rows, lambda mine: f"{mean(mine, 'correct'):.1f} / {mean(mine, 'answers'):.1f}"),
         *_table("used / evaluator's tokens", rows, lambda mine: f"{mean(mine, 'used'):.0f} / {mean(mine, 'evaluator_tokens'):.0f}"),
         *_table(
@@ -105,8 +129,8 @@ def _table(title: str, rows: list[Row], cell: Callable[[list[Row]], str]) -> lis
     return [*lines, ""]
 
 
-def _accuracy_cell(mine: list[Row]) -> str:
-    found = accuracy(mine)
+def _accuracy_cell(mine: list[Row], name: str = "right") -> str:
+    found = accuracy(mine, name)
     return f"{found.mean:.0%} ({found.low:.0%} to {found.high:.0%})"
 
 
@@ -132,6 +156,7 @@ def draw(rows: Sequence[Row], settings: dict[str, Any]) -> Figure:
     """Accuracy by budget, a panel a group, a line a policy with its intervals."""
     from matplotlib.figure import Figure
 
+    rows = measured(rows)
     groups = values_of(rows, "group")
     figure = Figure((8, 0.6 + 3.2 * len(groups)), layout="constrained")
     for axes, group in zip(np.atleast_1d(figure.subplots(len(groups))), groups):

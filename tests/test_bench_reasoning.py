@@ -14,12 +14,14 @@ import typer
 from typer.testing import CliRunner
 
 from bench import reasoning
+from bench.environment import environment
 from bench.reasoning import Run, Setup, by_thirds, main, pending
 from bench.reasoning_metrics import Row, accuracy, difference, verdict
 from bench.reasoning_report import draw, markdown, summary
 from bench.reasoning_tasks import load_reasoning_tasks
 from specdec.search import Completion, Search
-from specdec.search.request import Finish
+from specdec.search.reason import ReasonResult
+from specdec.search.request import Finish, GenerationError
 
 SETTINGS: dict[str, Any] = {
     "model": "embedded", "dtype": "bfloat16", "temperature": 0.7, "evaluator": "oracle", "machine": "a machine",
@@ -83,6 +85,17 @@ def test_report() -> None:
     json.dumps(figures, allow_nan=False)
 
 
+def test_searches_that_failed_are_counted_and_in_no_figure() -> None:
+    rows = [row(task, "best_of_n", task < 5) for task in range(10)]
+    broken = [row(task, "mcts", False, error="out of memory") for task in range(10)]
+    rows += [*broken, *(row(task, "mcts", True, commit="b") for task in range(4))]
+    text = markdown(rows, SETTINGS)
+    assert "Errors: 6 searches ended with one" in text and "the first mcts on arithmetic/0/4 at 300: out of memory" in text
+    assert "The rows are of 2 commits: None, b." in text
+    assert summary(rows)["arithmetic"]["mcts"]["300"]["problems"] == 4 and "| mcts | 100% (100% to 100%) |" in text
+    assert "Errors" not in markdown(rows[:10], SETTINGS) and "commits" not in markdown(rows[:10], SETTINGS)
+
+
 def test_figure() -> None:
     pytest.importorskip("matplotlib")
     rows = [
@@ -123,6 +136,24 @@ def test_pending_leaves_out_what_is_there() -> None:
     runs = [Run("arithmetic", policy, 300, seed) for policy in ("mcts", "beam") for seed in (0, 1)]
     done = [row(0, "mcts", True), row(2, "mcts", True), *(row(task, "beam", False, 1) for task in range(3))]
     assert list(pending(runs, tasks, done)) == [(runs[0], [1]), (runs[1], [0, 1, 2]), (runs[2], [0, 1, 2])]
+
+
+def test_what_failed_is_searched_again() -> None:
+    tasks = {"arithmetic": load_reasoning_tasks("arithmetic", 2)}
+    (run,) = runs = [Run("arithmetic", "mcts", 300, 0)]
+    assert list(pending(runs, tasks, [row(0, "mcts", True), row(1, "mcts", False, error="lost")])) == [(run, [1])]
+
+
+def test_a_model_that_fails_is_a_row_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = load_reasoning_tasks("arithmetic", 2)
+    found = Search("mcts", 300).result()
+    left = {name: getattr(found, name) for name in found.__slots__}
+    result = ReasonResult(**left, problem="", budget=300)
+    ended = [(0, GenerationError("out of memory", result)), (1, result)]
+    monkeypatch.setattr(reasoning, "reason_all", lambda *_, **__: iter(ended))
+    setup = Setup("oracle", 0.7, 1, "abc")
+    rows = list(reasoning.search_all(None, Run("arithmetic", "mcts", 300, 0), tasks, [0, 1], setup))  # type: ignore[arg-type]
+    assert [each.error for each in rows] == ["out of memory", None] and {each.commit for each in rows} == {"abc"}
 
 
 def test_a_budget_that_was_exceeded_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +219,11 @@ def test_from_end_to_end_and_nothing_twice(tiny_folder: str, tmp_path: Path, mon
     monkeypatch.setattr(reasoning, "load", lambda *_: pytest.fail("there is nothing to run"))
     assert invoke(tiny_folder, out).exit_code == 0
     assert invoke(tiny_folder, out, "--temperature", "0.5").exit_code == 2, "rows of other settings are no rows of this table"
+
+    monkeypatch.setattr(reasoning, "environment", lambda: {**environment(), "commit": "another"})
+    other = invoke(tiny_folder, out)
+    assert other.exit_code == 0 and "begun at commit" in other.output, "a commit ends no run of hours"
+    assert json.loads(out.read_text().splitlines()[0])["settings"]["commit"] == environment()["commit"]
 
 
 @pytest.mark.parametrize("options", [("--policies", "dfs"), ("--budgets", "many"), ("--evaluator", "me"), ("--tasks", "chess")])

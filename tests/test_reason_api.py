@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 import specdec
 from conftest import make_tiny_llama
 from specdec.search import GenerationError, Kind, NodeStatus, SearchConfig, Status
-from specdec.search.answers import AnswerFormat
+from specdec.search.answers import AnswerFormat, ExactAnswers, MathAnswers
 from specdec.search.bg_mcts import BgMcts
+from specdec.search.model_evaluators import YesNo
 from specdec.search.progress import Event
 from specdec.search.prompts import Prompts
 from specdec.search.reason import EVALUATORS, ReasonResult
+from specdec.search.worker import Worker
 
 PROBLEM = "What is 2 + 2?"
 OPTIONS: dict[str, Any] = {"temperature": 1.0, "step": "tokens:7", "config": SearchConfig(step_tokens=16), "evaluator": None}
@@ -141,6 +144,71 @@ def test_a_checkpoint_is_resumed_and_others_are_refused(engine: specdec.Engine, 
     for changed in ({"budget": 151}, {"seed": 1}, {"policy": "mcts"}, {"temperature": 0.5}, {"evaluator": None}):
         with pytest.raises(ValueError, match="holds a search with"):
             solve(engine, **{"evaluator": by_text, "checkpoint": path, **changed})
+
+
+def test_what_a_checkpoint_must_share(engine: specdec.Engine, tmp_path: Path) -> None:
+    """A wrong resume would pass for a right one: every part of what was asked for is in the file."""
+    path = tmp_path / "run.json"
+    options: dict[str, Any] = {"evaluator": YesNo.of(engine), "answers": ExactAnswers(), "checkpoint": path}
+    solve(engine, 40, **options)
+    solve(engine, 40, **options)
+    other: list[dict[str, Any]] = [
+        {"evaluator": YesNo.of(engine, "Is it right? $steps")},
+        {"answers": ExactAnswers(case=True)},
+        {"answers": "number"},
+        {"prompts": Prompts(answer="So:")},
+        {"prompts": Prompts(reconsider="Again:")},
+    ]
+    for changed in other:
+        with pytest.raises(ValueError, match="holds a search with identity"):
+            solve(engine, 40, **{**options, **changed})
+    with pytest.raises(ValueError, match="holds a search with identity"):
+        list(specdec.reason_all(engine, [PROBLEM], 40, **{**OPTIONS, **_many(options), "places": [1]}))
+    halves = specdec.Engine(make_tiny_llama(initializer_range=0.3).bfloat16(), engine.tokenizer, method="none")
+    with pytest.raises(ValueError, match="holds a search with identity"):
+        solve(halves, 40, **{**options, "evaluator": YesNo.of(halves)})
+
+
+def _many(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of reason as those of reason_all."""
+    return {**{name: value for name, value in options.items() if name != "checkpoint"}, "checkpoints": [options["checkpoint"]]}
+
+
+def test_a_smaller_context_window_is_kept(engine: specdec.Engine) -> None:
+    """The model's own took its place."""
+    prompt = Prompts().encode(engine.tokenizer, PROBLEM)
+    config = SearchConfig(step_tokens=16, context_window=len(prompt) + 20)
+    result = solve(engine, config=config)
+    assert max(result.tree.path_tokens) <= 20 < max(solve(engine).tree.path_tokens)
+    assert solve(engine, config=replace(config, context_window=10**9)).used == solve(engine).used
+
+
+@pytest.mark.parametrize("name", ["places", "checkpoints"])
+def test_two_problems_share_nothing(engine: specdec.Engine, tmp_path: Path, name: str) -> None:
+    given = [3, 3] if name == "places" else [tmp_path / "run.json"] * 2
+    with pytest.raises(ValueError, match=f"{name} must all be different, got .* twice"):
+        list(specdec.reason_all(engine, ["a", "b"], 40, **{**OPTIONS, name: given}))
+
+
+def test_a_kept_result_keeps_no_process(engine: specdec.Engine) -> None:
+    """A worker is started for answers in mathematics; results lay there with one each."""
+    pytest.importorskip("math_verify")
+    started: list[Worker] = []
+    start = Worker._started
+
+    def counted(self: Worker) -> Any:
+        started.append(self)
+        return start(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "_started", counted)
+        patch.setattr(MathAnswers, "extract", lambda self, text: "1/2" if text.strip() else None)
+        result = solve(engine, 40, answers="math")
+        assert started and all(worker._process is None for worker in started)
+        before = len(started)
+        patch.setattr(MathAnswers, "extract", lambda self, text: "1/4" if text.strip() else None)
+        result.resume(40)
+        assert len(started) > before and all(worker._process is None for worker in started), "it starts again, and ends again"
 
 
 def test_a_broken_evaluator_is_a_note_and_best_of_n(engine: specdec.Engine) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,13 @@ from conftest import make_tiny_llama
 from specdec import cli
 from specdec.search import POLICIES, SearchConfig
 from specdec.search import cli as reason_cli
+from specdec.search.answers import ExactAnswers
 from specdec.search.batch import read_problems, solve, summary
+from specdec.search.bg_mcts import BgMcts
 from specdec.search.progress import Event, Progress
+from specdec.search.prompts import Prompts
 from specdec.search.reason import EVALUATORS
+from specdec.search.steps import StopStrings
 from test_reason_api import Letters
 
 OPTIONS = ("--evaluator", "none", "--answers", "exact", "--step", "tokens:7", "-t", "1.0", "--budget", "90", "--width", "2")
@@ -286,7 +292,14 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, engine: specdec.E
     settings: dict[str, Any] = {**SOLVE, "answers": "exact", "config": SearchConfig(step_tokens=16)}
     records = list(solve(engine, read_problems(problems), out, **settings))
     for changed, message in (({"budget": 91}, "a result with budget 90, not 91"), ({"policy": "mcts"}, "with policy 'bg_mcts'"),
-                             ({"temperature": 0.5}, "with temperature 1.0"), ({"seed": 1}, "with seed 0")):  # fmt: skip
+                             ({"temperature": 0.5}, "with temperature 1.0"), ({"seed": 1}, "with seed 0"),
+                             ({"prompts": Prompts(system="Be brief.")}, "with prompts.system None, not 'Be brief.'"),
+                             ({"config": SearchConfig(step_tokens=16, seconds=9.0)}, "with config.seconds None, not 9.0"),
+                             ({"config": SearchConfig(step_tokens=17)}, "with config.step_tokens 16, not 17"),
+                             ({"config": None}, "with config.step_tokens 16, not None"),
+                             ({"step": StopStrings(strings=("a",))}, "with step 'tokens:7'"),
+                             ({"answers": ExactAnswers(case=True)}, "with answers 'exact'"),
+                             ({"policy": BgMcts(k=3)}, "with policy 'bg_mcts'")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             list(solve(engine, read_problems(problems), out, **{**settings, **changed}))
     problems.write_text(json.dumps({"problem": "another", "id": "3"}))
@@ -295,6 +308,23 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, engine: specdec.E
     problems.write_text(json.dumps(LINES[0]))
     assert [each["id"] for each in solve(engine, read_problems(problems), out, **settings)] == ["a/1"], "of these problems only"
     assert len(out.read_text().splitlines()) == len(records)
+
+
+def test_a_file_that_another_process_writes_is_left_alone(tmp_path: Path, engine: specdec.Engine, problems: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    code = f"""
+from pathlib import Path
+from specdec.search.journal import lock_of
+lock = lock_of(Path({str(out)!r}))
+print("ready", flush=True)
+input()
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "ready\n"
+    with pytest.raises(ValueError, match="out.jsonl is in use by another process"):
+        next(solve(engine, read_problems(problems), out, answers="exact", **SOLVE))
+    other.communicate("\n")
+    assert len(list(solve(engine, read_problems(problems), out, answers="exact", **SOLVE))) == len(LINES)
 
 
 def test_the_help_lists_all_names() -> None:

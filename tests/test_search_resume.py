@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import networkx
 import pytest
@@ -118,6 +120,81 @@ def test_a_line_that_was_cut_is_as_if_never_written(tmp_path: Path) -> None:
     assert fields(again) == whole
     drive(again, MODEL, width=2, steps=1)  # and the next event begins on a line of its own
     assert fields(Search("bg_mcts", 500, config=CONFIG, checkpoint=path)) == fields(again)
+
+
+def test_a_damaged_journal_is_said_to_be(tmp_path: Path) -> None:
+    """A cut line with another behind it, and an event that is missing, named by line; the files are left as they are."""
+    path = tmp_path / "run.json"
+    drive(Search("bg_mcts", 500, config=CONFIG, checkpoint=path), MODEL, width=2, steps=4)
+    log = path.with_name("run.json.journal")
+    lines = log.read_bytes().splitlines(keepends=True)
+    for damaged, message in (
+        ([*lines[:2], lines[2][:9], *lines[3:]], r"run.json.journal, line 3 is damaged \("),
+        ([*lines[:2], *lines[3:]], r"line 3 is damaged \(event 4 follows 2\)"),
+        ([*lines[:3], lines[2], *lines[3:]], r"line 4 is damaged \(event 3 follows 3\)"),
+        (lines[1:], r"line 1 is damaged \(event 2 follows 0\)"),
+        ([*lines[:2], b"[]\n"], r"line 3 is damaged \("),
+    ):
+        log.write_bytes(b"".join(damaged))
+        with pytest.raises(ValueError, match=message):
+            Search("bg_mcts", 500, config=CONFIG, checkpoint=path)
+        assert log.read_bytes() == b"".join(damaged)
+    log.unlink()  # as the message says
+    assert len(Search("bg_mcts", 500, config=CONFIG, checkpoint=path).tree) == 1
+
+
+class Slow:
+    """A file on a nearly full disk: it takes a few bytes of a write, and in the end none."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: memoryview) -> int:
+        count = min(7, self.room, len(data))
+        if not count:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= count
+        return int(self.file.write(data[:count]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_short_writes_are_gone_on_with_and_failed_ones_undone(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run.json")
+    journal.snapshot({"header": {}})
+    journal.write({"ask": 1})
+    journal._file = Slow(journal._file, room=60)
+    journal.write({"ask": 2})
+    with pytest.raises(OSError, match="No space left"):
+        journal.write({"ask": 3, "long": "x" * 100})
+    journal._file = journal._file.file
+    journal.write({"ask": 4})
+    journal.close()
+    assert [event["ask"] for event in Journal(tmp_path / "run.json").load()[1]] == [1, 2, 4]
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    """While the first works on the search; and the first, if the second has worked on it since."""
+    path = tmp_path / "run.json"
+    code = f"""
+from specdec.search import Search
+Search("greedy", 100, checkpoint={str(path)!r}).ask()
+"""
+    journal = Search("greedy", 100, checkpoint=path)
+    journal.ask()
+    other = [sys.executable, "-c", code]
+    refused = subprocess.run(other, capture_output=True, text=True, check=False)
+    assert "run.json is in use by another process" in refused.stderr
+    journal.close()
+    assert subprocess.run(other, check=False).returncode == 0
+    first = Search("greedy", 100, checkpoint=path)
+    first.close()
+    second = Search("greedy", 100, checkpoint=path)
+    second.ask()
+    second.close()
+    with pytest.raises(ValueError, match="another search has gone on with"):
+        first.ask()
 
 
 def test_events_that_the_snapshot_holds_are_skipped(tmp_path: Path) -> None:

@@ -69,6 +69,9 @@ class AnswerFormat:
         written = self.extract(text)
         return None if written is None else self.canonical(written)
 
+    def close(self) -> None:
+        """Let go of processes, if there are any; they start again when needed."""
+
 
 class ExactAnswers(AnswerFormat):
     """Strings: boxed or after "answer is"; white space, a final period and, unless `case`, capitals do not count."""
@@ -121,6 +124,7 @@ class MathAnswers(AnswerFormat):
     def __init__(self, seconds: float = 5.0, memory: int = 2 << 30) -> None:
         if find_spec("math_verify") is None:
             raise ImportError('answers="math" needs math-verify. Fix: pip install "specdec[reason]", or another answer format')
+        self.seconds, self.memory = seconds, memory
         self._worker = Worker("specdec.search.math_forms:answer", seconds, memory)
         self._known: dict[str, str] = {}
 
@@ -141,7 +145,6 @@ class MathAnswers(AnswerFormat):
         return super().matches(gold, written) or bool(self._asked("equal", gold, written))
 
     def close(self) -> None:
-        """End the process; it starts again when needed."""
         self._worker.close()
 
     def _asked(self, operation: str, *texts: str) -> Any:

@@ -13,21 +13,26 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from specdec.engine import Engine
 from specdec.search.answers import AnswerFormat, make_format
+from specdec.search.config import SearchConfig
 from specdec.search.evaluators import Evaluator
-from specdec.search.reason import ReasonResult, name_of, reason_all
+from specdec.search.identity import described
+from specdec.search.journal import lock_of, unlock
+from specdec.search.prompts import Prompts
+from specdec.search.reason import ReasonResult, reason_all
 from specdec.search.request import GenerationError, Policy, Status
 
 __all__ = ["BatchProblem", "read_problems", "solve", "summary"]
 
 METERS = ("evaluator_tokens", "prefill_tokens", "cached_tokens", "recomputed_tokens")
 _BEGIN = b'{"id": '  # of every record
+_HARMLESS = ("kv_megabytes",)  # options that results do not depend on
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +98,49 @@ def solve(
         budget, evaluator, policy, seed, answers, options: see `specdec.reason_all`.
 
     Raises:
-        ValueError: `out` holds something else or results of another model or other settings, or a bad option.
+        ValueError: `out` holds something else or results of another model or other settings, another process writes it, or a bad
+            option.
     """
     form = make_format(answers)
     settings: dict[str, Any] = {
         "model": str(getattr(engine.target.model.config, "_name_or_path", "")),
         "budget": budget,
-        "evaluator": name_of(evaluator),
-        "policy": name_of(policy),
+        "evaluator": described(evaluator),
+        "policy": described(policy),
         "seed": seed,
-        "answers": name_of(answers),
-        **{name: value for name, value in options.items() if isinstance(value, (str, int, float)) and name != "kv_megabytes"},
+        "answers": described(answers),
+        **_settings(options),
     }
+    lock = None if out is None else lock_of(Path(out))
+    try:
+        yield from _solve(engine, problems, out, settings, form, [budget, evaluator, policy, seed], options)
+    finally:
+        if form is not answers:
+            form.close()
+        if lock is not None:
+            unlock(lock)
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """What of the options decides about results, where it is not the default."""
+    config, prompts = options.get("config") or SearchConfig(), options.get("prompts") or Prompts()
+    plain = {name: value for name, value in options.items() if isinstance(value, (str, int, float)) and name not in _HARMLESS}
+    usual, changed = asdict(SearchConfig()), dict[str, Any]()
+    changed |= {f"config.{name}": value for name, value in asdict(config).items() if value != usual[name]}
+    changed |= {f"prompts.{name}": value for name, value in asdict(prompts).items() if value != getattr(Prompts(), name)}
+    rule = options.get("step")
+    return {**plain, **changed, **({} if rule is None or isinstance(rule, str) else {"step": repr(rule)})}
+
+
+def _solve(
+    engine: Engine,
+    problems: Iterable[BatchProblem],
+    out: str | Path | None,
+    settings: dict[str, Any],
+    form: AnswerFormat,
+    positional: list[Any],
+    options: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
     by_place = {problem.place: problem for problem in problems}
     done = {} if out is None else _done(Path(out), {problem.id: problem for problem in by_place.values()}, settings)
     yield from done.values()
@@ -112,10 +148,10 @@ def solve(
     folder = None if out is None else Path(f"{out}.searches")
     if folder is not None and left:
         folder.mkdir(parents=True, exist_ok=True)
-        options["checkpoints"] = [folder / _checkpoint(problem) for problem in left]
+        options = {**options, "checkpoints": [folder / _checkpoint(problem) for problem in left]}
     texts, places = [problem.problem for problem in left], [problem.place for problem in left]
     cancelled = False
-    for place, result in reason_all(engine, texts, budget, evaluator, policy, seed, answers=form, places=places, **options):
+    for place, result in reason_all(engine, texts, *positional, answers=form, places=places, **options):
         record = {**_record(by_place[place], result, form), "settings": settings}
         if record["status"] == Status.CANCELLED:
             cancelled = True  # it goes on next time
@@ -176,8 +212,9 @@ def _done(out: Path, problems: dict[str, BatchProblem], settings: dict[str, Any]
         if (problem := problems.get(record["id"])) is None:
             continue
         theirs = {"problem": record["problem"], **record["settings"]}
-        for name, mine in {"problem": problem.problem, **settings}.items():
-            if (other := theirs.get(name)) != mine:
+        ours = {"problem": problem.problem, **settings}
+        for name in {**ours, **theirs}:
+            if (other := theirs.get(name)) != (mine := ours.get(name)):
                 raise ValueError(
                     f"{out}, line {number} is a result with {name} {other!r:.80}, not {mine!r:.80}; fix: another --out"
                 )

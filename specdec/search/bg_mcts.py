@@ -24,12 +24,15 @@ import numpy as np
 
 from specdec.search.budget import Budget
 from specdec.search.chain_length import ChainLength
+from specdec.search.config import SearchConfig
 from specdec.search.request import Kind, Policy, Proposal
 from specdec.search.search_tree import ROOT, NodeStatus, SearchTree
-from specdec.search.small_budget import STOP, WAIT, SmallBudget
+from specdec.search.small_budget import STOP, WAIT, OpenNodes, SmallBudget
 
-__all__ = ["BgMcts", "next_kind"]
+__all__ = ["AS_CODED", "BgMcts", "next_kind"]
 
+# The shared options that belong to the policies as coded and as printed.
+AS_CODED = SearchConfig(duplicates="keep", truncated_answers=False, forced_tokens=0, answer_rule="best")
 _MANY = 32  # children from which numpy is faster than a loop
 _RECENT = 32  # scores by which an evaluator is saturated
 _SATURATED = 1e-3  # variance
@@ -102,8 +105,8 @@ class BgMcts(Policy):
 
     @classmethod
     def coded(cls) -> BgMcts:
-        """As the authors' code has it. In SearchConfig: duplicates="keep", truncated_answers=False, forced_tokens=0,
-        answer_rule="best". Left out: the empty node of score 0 that the code adds when a budget ends amid a queue.
+        """As the authors' code has it, under the SearchConfig AS_CODED. Left out: the empty node of score 0 that the code adds when
+        a budget ends amid a queue.
         """
         off = SmallBudget(first_dive=0, backtrack=0, finish=0)
         return cls(g_max=None, hint=False, gen_tie="gen", gen_bonus="off", fill=False, child_cap=None, refine=True, small=off)
@@ -117,6 +120,7 @@ class BgMcts(Policy):
 
     def start(self, tree: SearchTree, budget: Budget, length: ChainLength, seed: int) -> None:
         super().start(tree, budget, length, seed)
+        self._open_nodes = OpenNodes(tree)
         self._queue = (ROOT, 0)  # node, texts still to draw below it
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._saturated = False
@@ -142,7 +146,7 @@ class BgMcts(Policy):
                 warnings.warn(f"the evaluator's last {_RECENT} scores are all about {mean:.3f}: widening explores", stacklevel=2)
 
     def propose(self) -> Proposal | None:
-        node = self.small.node(self.tree, self.budget, self.length)
+        node = self.small.node(self.tree, self.budget, self.length, self._open_nodes)
         if node is None:
             node = self._queued()
         elif node in (STOP, WAIT):

@@ -34,5 +34,5 @@ class Mcts(BgMcts):
 
     @classmethod
     def coded(cls) -> Mcts:
-        """With the SearchConfig of `BgMcts.coded`."""
+        """Under the SearchConfig `bg_mcts.AS_CODED`."""
         return cls(c=2**0.25, own_twice=True, fill=False, child_cap=None, root_cap=None, refine=True)

@@ -25,6 +25,7 @@ from specdec.engine import Engine
 from specdec.search.answers import AnswerFormat, make_format
 from specdec.search.checkers import ChainArithmetic, Countdown
 from specdec.search.evaluators import Evaluator
+from specdec.search.identity import described
 from specdec.search.model_evaluators import LogProbability, Rollouts, SelfConsistency, YesNo
 from specdec.search.progress import Event
 from specdec.search.prompts import Prompts, encode_piece
@@ -192,11 +193,11 @@ def reason_all(
         answers: what counts as an answer: "math" (needs math-verify), "number", "exact", "code", or an AnswerFormat.
         step: where a step ends: "steps", "newline", "paragraph", "code", "tokens:N", or a StepRule.
         prompts: the texts around what the model writes.
-        config: further options of the search.
+        config: further options of the search. The context window is the model's, or a smaller one.
         width: requests that one search has in flight, the rows of a batch. The tree depends on it.
         kv_megabytes: memory for the K/V of search nodes.
-        checkpoints: one file a problem.
-        places: of the problems, on which their randomness depends; None: 0, 1, 2 ...
+        checkpoints: one file a problem; all different.
+        places: of the problems, on which their randomness depends; all different. None: 0, 1, 2 ...
         on_event: called with an Event after every text; its `problem` is the place.
         cancel: once set, searches stop where they are; their results say so.
 
@@ -212,29 +213,31 @@ def reason_all(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed must be an int, got {seed!r}")
     engine = model if isinstance(model, Engine) else Engine(model, tokenizer, max_rows=max(8, width))
-    prompts, answers, rule = prompts or Prompts(), make_format(answers), make_rule(step)
+    prompts, form, rule = prompts or Prompts(), make_format(answers), make_rule(step)
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=1)
-    reasoner = Reasoner(engine, rule, prompts, answers, params, seed, width, kv_megabytes, on_event, cancel)
-    judge = make_evaluator(evaluator, engine, prompts, answers, params, seed)
-    config = replace(config or SearchConfig(), deterministic=temperature == 0, context_window=engine.target.max_positions)
+    reasoner = Reasoner(engine, rule, prompts, form, params, seed, width, kv_megabytes, on_event, cancel)
+    judge = make_evaluator(evaluator, engine, prompts, form, params, seed)
+    config = config or SearchConfig()
+    windows = [window for window in (config.context_window, engine.target.max_positions) if window is not None]
+    config = replace(config, deterministic=temperature == 0, context_window=min(windows, default=None))
     files = _one_each("checkpoints", checkpoints, itertools.repeat(None))
     numbers = _one_each("places", places, itertools.count())
-    model_config = engine.target.model.config
-    model_id = f"{model_config.model_type} {getattr(model_config, '_name_or_path', '')}"
+    shared = {
+        "model": _model_id(engine),
+        "evaluator": described(evaluator),
+        "answers": described(form),
+        "sampling": [temperature, top_p, top_k, seed],
+        "step": repr(rule),
+        "cues": [prompts.prefill, prompts.reconsider, prompts.answer],
+        "width": width,
+    }
 
     used_before: dict[int, int] = {}
 
     def made() -> Iterator[Problem]:
         for question, index, file in zip(problems, numbers, files):
             ids = prompts.encode(engine.tokenizer, _checked(question))
-            identity = {
-                "prompt": hashlib.sha256(repr(ids).encode()).hexdigest()[:16],
-                "model": model_id,
-                "evaluator": name_of(evaluator),
-                "sampling": [temperature, top_p, top_k, seed],
-                "step": repr(rule),
-                "width": width,
-            }
+            identity = {"prompt": hashlib.sha256(repr(ids).encode()).hexdigest()[:16], "place": index, **shared}
             own = replace(config, prompt_tokens=len(ids))
             search = Search(copy.deepcopy(policy), budget, seed, own, file, identity)  # a Policy object keeps state
             if search.cancelled:
@@ -258,13 +261,26 @@ def reason_all(
 
     def go_on(problem: Problem, extra: int) -> ReasonResult:
         problem.search.resume(extra)
-        ((_, again),) = reasoner.run([problem])
+        ((_, again),) = run([problem])
         more = finished(problem, again)
         if isinstance(more, GenerationError):
             raise more
         return more
 
-    return ((problem.index, finished(problem, result)) for problem, result in reasoner.run(made()))
+    def run(problems: Iterable[Problem]) -> Iterator[tuple[Problem, Result | GenerationError]]:
+        """A format made here has no process of its own once nothing is searched for: a result may be kept for long."""
+        try:
+            yield from reasoner.run(problems)
+        finally:
+            if form is not answers:
+                form.close()
+
+    return ((problem.index, finished(problem, result)) for problem, result in run(made()))
+
+
+def _model_id(engine: Engine) -> str:
+    config = engine.target.model.config
+    return f"{config.model_type} {getattr(config, '_name_or_path', '')} {engine.target.dtype}"
 
 
 def _checked(problem: Any) -> str:
@@ -274,13 +290,13 @@ def _checked(problem: Any) -> str:
 
 
 def _one_each(name: str, given: Iterable[Any] | None, default: Iterator[Any]) -> Iterator[Any]:
-    """`given`, which must have an entry for every problem."""
-    yield from default if given is None else given
+    """`given`, which must have an entry of its own for every problem."""
+    if given is None:
+        yield from default
+    seen: set[Any] = set()
+    for each in given or ():
+        if each in seen:
+            raise ValueError(f"{name} must all be different, got {each!r} twice")
+        seen.add(each)
+        yield each
     raise ValueError(f"{name} must have one entry a problem, got fewer")
-
-
-def name_of(option: Any) -> str | None:
-    """What results and checkpoints call an evaluator or a policy."""
-    if option is None or isinstance(option, str):
-        return option
-    return str(getattr(option, "__qualname__", type(option).__qualname__))

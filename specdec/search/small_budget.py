@@ -3,6 +3,7 @@
 Step-wise search answers nothing where the budget holds less than about two chains. With B = the budget, L = tokens of a chain (both
 estimated as `ChainLength` says), each rule off where its factor is 0::
 
+    B < single_chain * L    one chain, and nothing after it
     B < first_dive * L      follow one chain to its end before anything else
     B < backtrack * L       then always extend, among the nodes that fit, the one that promised most and kept least:
                             q(x) * (1 - the best mean q of a subtree below x); q of the prompt is 1, nothing below counts 0
@@ -11,19 +12,23 @@ estimated as `ChainLength` says), each rule off where its factor is 0::
 A node fits where finishing a chain from it costs at most slack * what is left. If nothing fits, the search stops where there is an
 answer, and goes on with the deepest leaf where there is none. Example of `backtrack`: below the prompt a chain of q = .9, .9, .1, .1;
 the second node promised .9 and its subtree below has mean .1, so .81; the first has .9 * (1 - .37); a second third step is drawn.
-(`backtrack` is not in the paper. On the synthetic reasoner it is worth more than every other rule: `python -m bench.controller`.)
+`backtrack` is in neither the paper nor search.md, and while it is on it takes every decision: BG-MCTS's own selection begins at
+8 L. On the synthetic reasoner it is worth more than every other rule; `python -m bench.controller` has the rows without it.
+`single_chain` (search.md: 1.2) is off: what it would leave unspent finds answers (`--ablation`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from specdec.search.budget import Budget
 from specdec.search.chain_length import ChainLength
+from specdec.search.depth_heaps import DepthHeaps
 from specdec.search.request import Kind
 from specdec.search.search_tree import ROOT, NodeStatus, SearchTree
 
-__all__ = ["STOP", "WAIT", "SmallBudget", "best_leaf"]
+__all__ = ["STOP", "WAIT", "OpenNodes", "SmallBudget", "best_leaf"]
 
 STOP = -1
 WAIT = -2
@@ -33,41 +38,58 @@ WAIT = -2
 class SmallBudget:
     """Factors of the rules above."""
 
+    single_chain: float = 0.0
     first_dive: float = 3.0
     backtrack: float = 8.0
     finish: float = 1.3
     slack: float = 1.1
 
-    def node(self, tree: SearchTree, budget: Budget, length: ChainLength) -> int | None:
-        """The node to extend now, WAIT for what is in flight, STOP, or None: search."""
+    def node(self, tree: SearchTree, budget: Budget, length: ChainLength, open_nodes: OpenNodes | None = None) -> int | None:
+        """The node to extend now, WAIT for what is in flight, STOP, or None: search. `open_nodes` of this tree, kept from call to
+        call, saves a look at every node."""
+        open_nodes = open_nodes or OpenNodes(tree)
         chains = budget.total / length.chain(tree)
-        if chains < self.first_dive and not tree.answered_count and not tree.closed_count:
+        if chains < self.single_chain and tree.answered_count:
+            return WAIT if tree.virtual[ROOT] else STOP
+        if chains < max(self.first_dive, self.single_chain) and not tree.answered_count and not tree.closed_count:
             return WAIT if tree.virtual[ROOT] else _deepest(tree, tree.open_leaves())
         if chains < self.backtrack:
-            return self._backtrack(tree, budget, length)
-        return self._finish(tree, budget, length)
+            return self._backtrack(tree, budget, length, open_nodes.by_regret)
+        return self._finish(tree, budget, length, open_nodes.leaves)
 
-    def _backtrack(self, tree: SearchTree, budget: Budget, length: ChainLength) -> int:
-        open_nodes = [node for node in range(len(tree)) if _extensible(tree, node)]
-        fitting = [node for node in open_nodes if self._fits(tree, budget, length, node)]
-        if fitting:
-            return max(fitting, key=lambda node: (_regret(tree, node), tree.depth[node], -node))
+    def _backtrack(self, tree: SearchTree, budget: Budget, length: ChainLength, by_regret: DepthHeaps) -> int:
+        node = by_regret.best(self._fits(tree, budget, length))
+        if node is not None:
+            return node
         if tree.virtual[ROOT]:
             return WAIT
-        return STOP if tree.answered_count or not open_nodes else _deepest(tree, open_nodes)
+        deepest = by_regret.deepest()
+        return STOP if tree.answered_count or not deepest else _deepest(tree, deepest)
 
-    def _finish(self, tree: SearchTree, budget: Budget, length: ChainLength) -> int | None:
+    def _finish(self, tree: SearchTree, budget: Budget, length: ChainLength, leaves: DepthHeaps) -> int | None:
         left = budget.expected_left
         if left > self.finish * length.step(tree) * length.depth(tree):  # no chain costs more
             return None
-        leaves = sorted(tree.open_leaves(), key=lambda node: (-tree.q[node], -tree.depth[node], tree.tokens[node], node))
-        if not leaves or left > self.finish * length.to_finish(tree, leaves[0]):
+        best = leaves.best()
+        if best is None or left > self.finish * length.to_finish(tree, best):
             return None
-        fitting = (leaf for leaf in leaves if self._fits(tree, budget, length, leaf))
-        return next(fitting, STOP if tree.answered_count else _deepest(tree, leaves))
+        fitting = leaves.best(self._fits(tree, budget, length))
+        if fitting is not None:
+            return fitting
+        return STOP if tree.answered_count else _deepest(tree, leaves.deepest())
 
-    def _fits(self, tree: SearchTree, budget: Budget, length: ChainLength, node: int) -> bool:
-        return length.to_finish(tree, node) <= self.slack * budget.expected_left
+    def _fits(self, tree: SearchTree, budget: Budget, length: ChainLength) -> Callable[[int], bool]:
+        """Whether a chain can be finished from a depth."""
+        left, step, steps = self.slack * budget.expected_left, length.step(tree), length.depth(tree)
+        return lambda depth: step * max(1.0, steps - depth) <= left
+
+
+class OpenNodes:
+    """The nodes of one tree that these rules choose from, best first."""
+
+    def __init__(self, tree: SearchTree) -> None:
+        self.by_regret = DepthHeaps(tree, lambda node: (-_regret(tree, node),), lambda node: _extensible(tree, node))
+        self.leaves = DepthHeaps(tree, lambda node: (-tree.q[node], tree.tokens[node]), lambda node: _is_leaf(tree, node))
 
 
 def best_leaf(tree: SearchTree) -> int:
@@ -81,8 +103,16 @@ def _deepest(tree: SearchTree, nodes: list[int]) -> int:
 
 
 def _extensible(tree: SearchTree, node: int) -> bool:
-    open_text = tree.status[node] == NodeStatus.OPEN and not tree.closed[node]
-    return open_text and not tree.pending[node] and tree.draws[node] < tree.cap(node)
+    return _open_text(tree, node) and not tree.pending[node] and tree.draws[node] < tree.cap(node)
+
+
+def _open_text(tree: SearchTree, node: int) -> bool:
+    return tree.status[node] == NodeStatus.OPEN and not tree.closed[node]
+
+
+def _is_leaf(tree: SearchTree, node: int) -> bool:
+    """As `SearchTree.open_leaves` has it."""
+    return node != ROOT and _open_text(tree, node) and not tree.children[node] and not tree.pending[node]
 
 
 def _regret(tree: SearchTree, node: int) -> float:

@@ -1,0 +1,94 @@
+"""The rules for small budgets choose from heaps what a look at every node would choose."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import pytest
+
+from mock_search import MockModel, drive
+from specdec.search import ROOT, GenerationError, NodeStatus, Search, SearchConfig
+from specdec.search.bg_mcts import BgMcts
+from specdec.search.small_budget import STOP, WAIT, SmallBudget
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def slow_node(policy: BgMcts) -> int | None:
+    """Rules a and b of search.md 5.3 and `backtrack`, each by a look at every node."""
+    small, tree, budget, length = policy.small, policy.tree, policy.budget, policy.length
+    nodes = range(len(tree))
+    open_nodes = [n for n in nodes if tree.status[n] == NodeStatus.OPEN and not tree.closed[n] and not tree.pending[n]]
+    leaves = [n for n in open_nodes if n != ROOT and not tree.children[n]]
+    left, answered = budget.expected_left, tree.answered_count
+
+    def deepest(among: list[int]) -> int:
+        return max(among, key=lambda n: (tree.depth[n], tree.q[n], -n), default=ROOT)
+
+    def fits(node: int) -> bool:
+        return length.to_finish(tree, node) <= small.slack * left
+
+    def regret(node: int) -> float:
+        below = max((tree.sum_q[child] / tree.visits[child] for child in tree.children[node]), default=0.0)
+        return (1.0 if node == ROOT else tree.q[node]) * (1.0 - below)
+
+    chains = budget.total / length.chain(tree)
+    if chains < small.first_dive and not answered and not tree.closed_count:
+        return WAIT if tree.virtual[ROOT] else deepest(leaves)
+    if chains < small.backtrack:
+        members = [n for n in open_nodes if tree.draws[n] < tree.cap(n)]
+        if fitting := [n for n in members if fits(n)]:
+            return max(fitting, key=lambda n: (regret(n), tree.depth[n], -n))
+        if tree.virtual[ROOT]:
+            return WAIT
+        return STOP if answered or not members else deepest(members)
+    ranked = sorted(leaves, key=lambda n: (-tree.q[n], -tree.depth[n], tree.tokens[n], n))
+    if not ranked or left > small.finish * length.to_finish(tree, ranked[0]):
+        return None
+    return next((leaf for leaf in ranked if fits(leaf)), STOP if answered else deepest(ranked))
+
+
+@pytest.mark.parametrize("backtrack", [0.0, 8.0, float("inf")])
+@pytest.mark.parametrize("width", [1, 3])
+def test_heaps_choose_what_a_look_at_every_node_does(backtrack: float, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over whole searches with failures, empty texts, repeats and results in any order; after each of which it was resumed."""
+    compared, node = [0], SmallBudget.node
+
+    def checked(self: SmallBudget, *args: object) -> int | None:
+        found = node(self, *args)  # type: ignore[arg-type]
+        compared[0] += 1
+        assert found == slow_node(policy)
+        return found
+
+    monkeypatch.setattr(SmallBudget, "node", checked)
+    for seed in range(12):
+        model = MockModel(seed, answer=0.1, empty=0.1, error=0.03, unscored=0.05, repeat=0.3)
+        policy = BgMcts(small=SmallBudget(backtrack=backtrack))
+        search = Search(policy, 150 * (1 + seed), config=SearchConfig(step_tokens=20))
+        for _ in range(2):
+            while requests := search.outstanding() or search.ask(width):
+                with contextlib.suppress(GenerationError):  # the model failed twice: the search goes on
+                    request = random.Random(len(search.tree)).choice(requests)
+                    search.tell(request, model(request))
+            search.resume(200)
+    assert compared[0] > 500
+
+
+@pytest.mark.parametrize("backtrack", [0.0, float("inf")])
+def test_a_choice_does_not_look_at_every_node(backtrack: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes looked at over a whole search grow with its length and not with its square."""
+    import specdec.search.small_budget as module
+
+    looked = [0]
+    for name in ("_extensible", "_is_leaf"):
+        plain = getattr(module, name)
+
+        def counted(tree: object, node: int, plain: object = plain) -> bool:
+            looked[0] += 1
+            return bool(plain(tree, node))  # type: ignore[operator]
+
+        monkeypatch.setattr(module, name, counted)
+    search = Search(BgMcts(small=SmallBudget(backtrack=backtrack)), 15_000, config=SearchConfig(step_tokens=20))
+    drive(search, MockModel(1))
+    assert len(search.tree) > 1500 and looked[0] < len(search.tree) ** 2 / 10
