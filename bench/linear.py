@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
+from specdec.kv_cache import cache_argument
 from specdec.linear import FastLinear, instruction_set
 
 from .timing import medians
@@ -62,14 +63,15 @@ def bench_model(path: str, dtype: torch.dtype, rows: list[int], repeats: int) ->
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
     fast = FastLinear(model, max_rows=max(rows))
     cache = DynamicCache(config=model.config)
-    model(torch.randint(0, model.config.vocab_size, (1, CONTEXT)), past_key_values=cache)
+    kept = {cache_argument(model.forward): cache}
+    model(torch.randint(0, model.config.vocab_size, (1, CONTEXT)), **kept)
     results: list[dict[str, object]] = []
     for n in rows:
         ids = torch.randint(0, model.config.vocab_size, (1, n))
 
         def step(context: Callable[[], AbstractContextManager[None]], ids: torch.Tensor) -> None:
             with context():
-                model(ids, past_key_values=cache)
+                model(ids, **kept)
             cache.crop(-ids.shape[1])
 
         times = medians({"torch": partial(step, nullcontext, ids), "specdec": partial(step, fast.active, ids)}, repeats)

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from specdec import attention
-from specdec.kv_cache import KVCache
+from specdec.kv_cache import KVCache, cache_argument
 from specdec.models import load
 from specdec.pacing import two_chains
 from specdec.target import TargetModel
@@ -87,6 +87,7 @@ def transformers_forward(target: TargetModel, watch: Stopwatch, cache: KVCache, 
     model, tree, context = target.model, two_chains(nodes, target.vocab_size), cache.lengths[0]
     AttentionInterface.register(TIMED_SDPA, watch.wrap(sdpa_attention_forward))
     dynamic = DynamicCache(config=model.config)
+    kept = {cache_argument(model.forward): dynamic}
     cache.begin(0, [0])
     for layer, shape in enumerate(target.layers):
         nothing = (torch.empty(1, shape.key_heads, 0, shape.key_dim), torch.empty(1, shape.value_heads, 0, shape.value_dim))
@@ -99,7 +100,7 @@ def transformers_forward(target: TargetModel, watch: Stopwatch, cache: KVCache, 
         model.config._attn_implementation = TIMED_SDPA
         try:
             with torch.inference_mode(), target._linear.active():
-                logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=dynamic).logits
+                logits = model(ids, attention_mask=mask, position_ids=positions, **kept).logits
         finally:
             model.config._attn_implementation = before
         dynamic.crop(-nodes)

@@ -27,9 +27,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
+from transformers import DynamicCache
 
 from specdec import METHODS, Engine, SamplingParams, models
 from specdec.draft_tree import DraftTree
+from specdec.kv_cache import cache_argument
 
 from .runners import PrefixEngine
 from .tasks import DEFAULT_DATA, Task, encode, load_tasks
@@ -94,11 +96,12 @@ def rounding(model: Any, prompt: Sequence[int], output: Sequence[int]) -> float:
     """Largest logit difference between a chain forward and one-token forwards over the same text."""
     ids = torch.tensor([[*prompt, *output]])
     chain = model(ids[:, :-1], logits_to_keep=len(output)).logits[0].float()
-    out = model(ids[:, : len(prompt) - 1], use_cache=True)
+    kept = {cache_argument(model.forward): DynamicCache(config=model.config)}
+    model(ids[:, : len(prompt) - 1], use_cache=True, **kept)
     worst = 0.0
     for step in range(len(output)):
         position = len(prompt) - 1 + step
-        out = model(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(ids[:, position : position + 1], use_cache=True, **kept)
         worst = max(worst, float((out.logits[0, -1].float() - chain[step]).abs().max()))
     return worst
 

@@ -135,7 +135,7 @@ class CompiledForward:
         Raises:
             RuntimeError: a tensor has another shape or dtype, or has left the CPU.
         """
-        pointers = [owner[name].data_ptr() for _, owner, name in self._used]  # at each step: their shapes would cost as much again
+        pointers = [owner[name].data_ptr() for _, owner, name in self._used]  # not their shapes: at each step, time counts
         if pointers == self._pointers:
             return
         tensors = {full: owner[name].detach() for full, owner, name in self._used}

@@ -36,6 +36,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.draft_tree import Verdict
 from specdec.engine import Engine
+from specdec.kv_cache import CACHE_ARGUMENTS
 from specdec.randomness import Randomness, draw_seed
 from specdec.sampling import Law
 from specdec.sequence import SamplingParams, Sequence
@@ -43,7 +44,7 @@ from specdec.sequence import SamplingParams, Sequence
 __all__ = ["accelerate", "generate"]
 
 # What transformers itself adds to the model's arguments, and is either used here or cannot change the output.
-_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+_MODEL_KWARGS = {"attention_mask", "position_ids", *CACHE_ARGUMENTS, "use_cache", "logits_to_keep", "cache_position"}
 _DROPPED = {
     "streamer": "specdec_streamer=, specdec.accelerate or a direct specdec.generate(model, ..., streamer=...)",
     "assistant_model": "no assistant_model: specdec drafts by itself",
@@ -276,8 +277,8 @@ def _refuse(model: Any, config: Any, processors: Any, kwargs: dict[str, Any]) ->
         )
     if any(isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) for processor in processors or ()):
         raise ValueError("guidance_scale is not supported: it runs the model a second time on its own cache")
-    if getattr(kwargs.get("past_key_values"), "_is_user_defined", False):
-        raise ValueError("past_key_values of the caller is not supported; fix: pass the whole text as input_ids")
+    if any(getattr(kwargs.get(name), "_is_user_defined", False) for name in CACHE_ARGUMENTS):
+        raise ValueError("past_key_values (cache) of the caller is not supported; fix: pass the whole text as input_ids")
     if unknown := sorted(name for name, value in kwargs.items() if name not in _MODEL_KWARGS and value is not None):
         raise ValueError(f"specdec does not know the model arguments {unknown} and will not ignore them; fix: leave them out")
 

@@ -7,14 +7,24 @@ and values in most models) are one tensor, so that a commit is one gather, whate
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-__all__ = ["KVCache", "LayerShape", "Place"]
+__all__ = ["CACHE_ARGUMENTS", "KVCache", "LayerShape", "Place", "cache_argument"]
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # from transformers 5.24 on; before, and in code of the time before
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """What a model's forward calls the cache that it is given."""
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENTS[-1])
 
 
 @dataclass(frozen=True, slots=True)

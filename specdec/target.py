@@ -23,7 +23,7 @@ from specdec.attention import TreeBatch, compiled_op
 from specdec.compiled import CompiledForward, cannot_compile
 from specdec.draft_tree import DraftTree
 from specdec.graphs import GraphedForward
-from specdec.kv_cache import KVCache, LayerShape
+from specdec.kv_cache import CACHE_ARGUMENTS, KVCache, LayerShape, cache_argument
 from specdec.linear import FastLinear, instruction_set
 from specdec.prefix_backend import FlashAttention, attention_function
 from specdec.ranks import Ranks, misplaced
@@ -35,7 +35,7 @@ _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Arguments of transformers' attention functions that change nothing here; any other that is set would be ignored silently.
 _HARMLESS = {
     "dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "return_dict",
-    "logits_to_keep", "past_key_values", "attention_mask", "layer_head_mask", "head_mask", "position_embeddings", "labels", "layer_idx", "output_router_logits",
+    "logits_to_keep", *CACHE_ARGUMENTS, "attention_mask", "layer_head_mask", "head_mask", "position_embeddings", "labels", "layer_idx", "output_router_logits",
 }  # fmt: skip
 _names = itertools.count()
 
@@ -57,7 +57,7 @@ def _refusal(model: PreTrainedModel) -> str | None:
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder; specdec speculates on decoder-only causal language models"
     parameters = inspect.signature(model.forward).parameters
-    if getattr(model, "_is_stateful", False) or not ({"past_key_values", "kwargs", "args"} & parameters.keys()):
+    if getattr(model, "_is_stateful", False) or not ({*CACHE_ARGUMENTS, "kwargs", "args"} & parameters.keys()):
         return "it keeps a recurrent (state-space or linear-attention) state, which cannot be rolled back to an accepted path"
     layer_types = set(getattr(config, "layer_types", None) or ())
     if unknown := layer_types - _KNOWN_LAYER_TYPES:
@@ -148,6 +148,7 @@ class TargetModel:
         self.max_fast_rows = self._linear.max_rows if self._linear else 0
         self._attend = attention_function(prefix_backend, self.device, self.dtype)
         self.prefix_backend = getattr(prefix_backend, "__qualname__", prefix_backend)
+        self._cache_argument = cache_argument(_unwrapped(model).forward)
         self._keeps_logits = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
         self._batch: TreeBatch | None = None  # what the forward under way attends to
         self._calls: list[int] = []  # sliding window of each attention call of the last forward
@@ -282,7 +283,9 @@ class TargetModel:
     def _run(
         self, cache: KVCache, batch: TreeBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int
     ) -> torch.Tensor:
-        kwargs: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits else {}
+        kwargs: dict[str, Any] = {self._cache_argument: cache}
+        if self._keeps_logits:
+            kwargs["logits_to_keep"] = keep
         if self.hidden_listener is not None:
             kwargs["output_hidden_states"] = -1  # the last ones alone, as transformers' own use of such layers asks for
         parents = [] if batch.trees is None else [tree.parents for tree in batch.trees]
@@ -292,7 +295,6 @@ class TargetModel:
                 input_ids=input_ids.to(batch.device),
                 attention_mask=self._mask(batch),
                 position_ids=position_ids.to(batch.device),
-                past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
                 **kwargs,
@@ -456,13 +458,13 @@ class TargetModel:
         """Logits after the last of `ids` by the model alone (its own attention and cache), [V]."""
         with torch.inference_mode(), _evaluating(self.model):
             cache = DynamicCache(config=_text_config(self.model))
-            device = self.device
-            self.model(input_ids=torch.tensor([ids[:-1]], device=device), past_key_values=cache, use_cache=True)
+            device, kept = self.device, {self._cache_argument: cache}
+            self.model(input_ids=torch.tensor([ids[:-1]], device=device), use_cache=True, **kept)
             output = self.model(
                 input_ids=torch.tensor([ids[-1:]], device=device),
                 position_ids=torch.tensor([[len(ids) - 1]], device=device),
-                past_key_values=cache,
                 use_cache=True,
+                **kept,
             )
         if not hasattr(output, "logits"):
             raise UnsupportedModelError(self.name, "it gives no logits", "load it with AutoModelForCausalLM")

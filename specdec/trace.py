@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from specdec.kv_cache import KVCache
+from specdec.kv_cache import KVCache, cache_argument
 
 __all__ = ["Trace"]
 
@@ -33,9 +33,8 @@ class Trace:
         """Logits of the model for tokens and positions [B, N]; inside TargetModel.tracing(self.attend)."""
         self.step, self.buffers = step, buffers
         cache = Cache(layers=[_Layer(self, index) for index in range(len(self._places))])
-        output = model(
-            input_ids=tokens, attention_mask=None, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
-        )
+        kept = {cache_argument(model.forward): cache}
+        output = model(input_ids=tokens, attention_mask=None, position_ids=positions, use_cache=True, return_dict=True, **kept)
         return output.logits
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, window: int) -> Tensor:

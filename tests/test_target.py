@@ -22,7 +22,11 @@ def flat_attention(module: Any) -> Any:
     """An attention forward that sees every earlier token in the order given, whatever the mask says."""
 
     def forward(
-        hidden_states: torch.Tensor, position_embeddings: Any = None, past_key_values: Any = None, **kwargs: Any
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -32,7 +36,7 @@ def flat_attention(module: Any) -> Any:
             for layer in (module.q_proj, module.k_proj, module.v_proj)
         )
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        key, value = past_key_values.update(key, value, module.layer_idx)
+        key, value = (past_key_values if cache is None else cache).update(key, value, module.layer_idx)
         mask = torch.ones(count, key.shape[2], dtype=torch.bool).tril(key.shape[2] - count)
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=module.scaling, enable_gqa=True)
         return module.o_proj(out.transpose(1, 2).reshape(rows, count, -1)), None
