@@ -142,6 +142,24 @@ def test_chat_is_that_of_generate(reference: specdec.Engine, stream: bool) -> No
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("fields", [{"temperature": 1e-6}, {"repetition_penalty": 1e-6}, {"repetition_penalty": 100, "temperature": 100}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_outermost_values_are_served(fields: dict, stream: bool) -> None:
+    """What is accepted never overflows, and no answer holds NaN, which JSON does not know."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} in an answer")
+
+    async def main() -> None:
+        async with serving() as client:
+            answer = await client.post("/v1/completions", json={**BASE, **fields, "logprobs": 0, "stream": stream})
+            assert answer.status_code == 200, answer.text
+            for part in events(answer.text) if stream else [answer.json()]:
+                json.loads(json.dumps(part), parse_constant=refuse)
+
+    asyncio.run(main())
+
+
 def test_requests_beside_each_other_keep_their_text(reference: specdec.Engine) -> None:
     def expected(index: int) -> str:
         return reference.generate(
@@ -190,6 +208,10 @@ HOSTILE: list[tuple[str, Any, int, str]] = [  # path, body (dict or raw text), s
     ("/v1/completions", {**BASE, "stop": ""}, 400, "stop"),
     ("/v1/completions", {**BASE, "min_tokens": 100}, 400, "min_new_tokens"),
     ("/v1/completions", {**BASE, "seed": 2**70}, 400, "seed"),
+    ("/v1/completions", {**BASE, "temperature": 1e-40}, 400, "temperature"),
+    ("/v1/completions", {**BASE, "repetition_penalty": 1e-300}, 400, "repetition_penalty"),
+    ("/v1/completions", {**BASE, "temperature": 1, "repetition_penalty": 1e-300}, 400, "repetition_penalty"),
+    ("/v1/reason", {"model": MODEL, "problem": "a", "temperature": 1e-40}, 400, "temperature"),
     ("/v1/completions", '{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature"),
     ("/v1/completions", '{"model": "tiny", "prompt": "a", "top_p": 1e999}', 400, "top_p"),
     ("/v1/completions", '{"model": "tiny", "prompt": "a", "seed": ' + "9" * 5000 + "}", 400, ""),

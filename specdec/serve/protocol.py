@@ -13,7 +13,7 @@ from fastapi import HTTPException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from specdec.engine import Result
-from specdec.sequence import SamplingParams
+from specdec.sequence import EXTREME, SamplingParams
 
 __all__ = [
     "ApiError", "ChatRequest", "CompletionRequest", "ErrorAnswer", "Message", "ReasonRequest", "error_body", "finish_reason", "speculation",
@@ -30,8 +30,16 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _greedy_or_finite(temperature: float) -> float:
+    """Where SamplingParams has its lower bound, too."""
+    if 0 < temperature < 1 / EXTREME:
+        raise ValueError(f"must be 0 (greedy) or at least {1 / EXTREME:g}, got {temperature:g}")
+    return temperature
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_greedy_or_finite)]
 Evaluators = Literal["yes_no", "log_probability", "self_consistency", "arithmetic", "countdown"]
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 
@@ -93,11 +101,11 @@ class _Sampling(_Body):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy; default 1")
+    temperature: Temperature | None = Field(None, description="0 is greedy; default 1")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=1 / EXTREME, le=100)
     presence_penalty: float | None = Field(None, ge=0, le=0, description="not supported: use repetition_penalty")
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="not supported: use repetition_penalty")
     n: int | None = Field(None, ge=1, lt=2**31)
@@ -220,7 +228,7 @@ class ReasonRequest(_Body):
     evaluator: Evaluators | None = "yes_no"
     policy: str = Field("bg_mcts", max_length=100)
     seed: int = Field(0, ge=0, lt=INT64)
-    temperature: float = Field(0.7, ge=0, le=100)
+    temperature: Temperature = 0.7
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31)
     answers: Literal["math", "number", "exact"] = "math"
