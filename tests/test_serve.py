@@ -11,9 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 import specdec
 from conftest import make_tiny_llama, make_tiny_tokenizer
+from specdec.kv_cache import KVCache
 from specdec.sequence import SamplingParams
 from specdec.serve.app import Limits, make_app
 from specdec.serve.scheduler import Ended, Failed, Job, Overloaded, Piece, Scheduler
@@ -142,7 +144,9 @@ def test_chat_is_that_of_generate(reference: specdec.Engine, stream: bool) -> No
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("fields", [{"temperature": 1e-6}, {"repetition_penalty": 1e-6}, {"repetition_penalty": 100, "temperature": 100}])
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 1e-6}, {"repetition_penalty": 1e-6}, {"repetition_penalty": 100, "temperature": 100}]
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_outermost_values_are_served(fields: dict, stream: bool) -> None:
     """What is accepted never overflows, and no answer holds NaN, which JSON does not know."""
@@ -332,6 +336,31 @@ def test_a_failing_step_ends_those_in_it(reference: specdec.Engine, monkeypatch:
     asyncio.run(main())
 
 
+def test_memory_that_was_short_once_is_no_end(reference: specdec.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt for which the cache cannot grow fails alone; what runs beside it and what comes later is answered."""
+    original = KVCache._allocate
+
+    def short_of_memory(self: KVCache, *args: Any) -> Any:
+        wanted = original(self, *args)
+        if wanted.shape[3] > 1024:
+            raise torch.OutOfMemoryError("no memory")
+        return wanted
+
+    monkeypatch.setattr(KVCache, "_allocate", short_of_memory)
+    short, long = {**BASE, "max_tokens": 300, "ignore_eos": True}, {**BASE, "prompt": "a" * 1500}
+    expected = reference.generate(PROMPT, SamplingParams(max_new_tokens=300, ignore_eos=True)).text
+
+    async def main() -> None:
+        async with serving() as client:
+            beside = asyncio.create_task(client.post("/v1/completions", json=short))
+            await until(lambda: client.engine.rows)
+            assert (await client.post("/v1/completions", json=long)).status_code == 500
+            for answer in (await beside, await client.post("/v1/completions", json=short)):
+                assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == expected
+
+    asyncio.run(main())
+
+
 # ---- the scheduler alone ------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +368,7 @@ class Listener:
     """Collects the events of one job."""
 
     def __init__(self, scheduler: Scheduler, prompt: str, params: SamplingParams, client: str = "", **fields: Any) -> None:
-        self.events: list[Any] = []
+        self.scheduler, self.events = scheduler, []
         self.first, self.done = threading.Event(), threading.Event()
         self.job = Job([scheduler.engine.encode(prompt)], params, client, self, **fields)
 
@@ -348,6 +377,11 @@ class Listener:
         self.first.set()
         if not isinstance(event, Piece):
             self.done.set()
+
+    def ask(self) -> Any:
+        """Submit, and wait for the end."""
+        self.scheduler.submit(self.job)
+        return self.last
 
     @property
     def last(self) -> Any:
@@ -426,6 +460,99 @@ def test_closing_ends_what_runs(scheduler: Scheduler) -> None:
     assert listener.last == Failed("closed")
     with pytest.raises(RuntimeError, match="closed"):
         scheduler.submit(Listener(scheduler, "abc", SHORT).job)
+
+
+def test_idle_buffers_are_given_back(scheduler: Scheduler) -> None:
+    """What a burst of long prompts has grown is not held for ever."""
+    scheduler.start()
+    held = scheduler.engine.cache.nbytes
+    scheduler.idle_seconds = 0.01
+    listener = Listener(scheduler, "a" * 900, SHORT, stream=True)
+    scheduler.submit(listener.job)
+    assert listener.first.wait(60)
+    assert isinstance(listener.last, Ended)
+    asyncio.run(until(lambda: scheduler.engine.cache.nbytes == held))
+    assert isinstance(Listener(scheduler, "abc", SHORT).ask(), Ended)
+
+
+def test_a_job_that_comes_while_closing_is_told(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It arrives after the thread has looked for arrivals, and before it sees that it must end."""
+    first, late = (Listener(scheduler, "abc", LONG) for _ in range(2))
+    closer, original = threading.Thread(target=scheduler.close), scheduler._begin
+
+    def begin(job: Job) -> None:
+        original(job)
+        scheduler.submit(late.job)
+        closer.start()
+        while not scheduler._refusal:
+            pass
+
+    monkeypatch.setattr(scheduler, "_begin", begin)
+    scheduler.start()
+    assert first.ask() == late.last == Failed("closed")
+    closer.join()
+
+
+def break_the_thread(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next look at the rows raises what nobody expects."""
+
+    def broken() -> None:
+        raise AssertionError("unforeseen")
+
+    monkeypatch.setattr(scheduler, "_admit", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+
+
+def test_the_thread_does_not_end_in_silence(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for it is told, and whoever comes later is refused at once."""
+    break_the_thread(scheduler, monkeypatch)
+    jobs = [Listener(scheduler, "abc", LONG) for _ in range(3)]
+    for listener in jobs:
+        scheduler.submit(listener.job)
+    called: list[Any] = []
+
+    def call() -> None:
+        with pytest.raises(RuntimeError) as refused:
+            scheduler.call(lambda: 1)
+        called.append(refused.value)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    while not scheduler._calls:
+        pass
+    scheduler.start()
+    assert [listener.last for listener in jobs] == [Failed("error")] * 3
+    caller.join(60)
+    assert called and not caller.is_alive()
+    scheduler._thread.join()
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        scheduler.submit(Listener(scheduler, "abc", SHORT).job)
+    assert scheduler._unfinished == scheduler.running == scheduler.waiting == 0
+
+
+def test_a_server_without_its_thread_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with serving() as client:
+            break_the_thread(client.app.state.scheduler, monkeypatch)
+            assert (await client.post("/v1/completions", json=BASE)).status_code == 500
+            await until(lambda: not client.app.state.scheduler.alive)
+            assert (await client.get("/health")).status_code == 503
+            answer = await client.post("/v1/completions", json=BASE)
+            assert answer.status_code == 503 and "thread has ended" in answer.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, MemoryError])
+def test_a_request_that_cannot_begin_fails_alone(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.engine, "_stop_check", lambda params: (_ for _ in ()).throw(error("unforeseen")))
+        bad = Listener(scheduler, "abc", SHORT)
+        scheduler.start()
+        assert bad.ask() == Failed("error")
+    assert isinstance(Listener(scheduler, "abc", SHORT).ask(), Ended)
 
 
 def test_the_queue_is_bounded(scheduler: Scheduler) -> None:

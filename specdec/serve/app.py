@@ -30,7 +30,7 @@ from specdec.serve.answers import ChatWriter, CompletionWriter, ReasonWriter, Te
 from specdec.serve.gate import Gate
 from specdec.serve.metrics import Metrics
 from specdec.serve.protocol import ApiError, ChatRequest, CompletionRequest, ErrorAnswer, ReasonRequest, error_body
-from specdec.serve.scheduler import Ended, Failed, Job, Overloaded, Piece, Scheduler
+from specdec.serve.scheduler import Closed, Ended, Failed, Job, Overloaded, Piece, Scheduler
 from specdec.serve.searches import Searches, Step
 
 __all__ = ["Limits", "make_app"]
@@ -315,8 +315,8 @@ def _submitting() -> Iterator[None]:
         yield
     except Overloaded as error:
         raise ApiError(429, str(error), code="overloaded", retry_after=error.retry_after) from error
-    except RuntimeError as error:
-        raise ApiError(503, FAILURES["closed"][1]) from error
+    except Closed as error:
+        raise ApiError(503, str(error)) from error
 
 
 class _Stream(StreamingResponse):

@@ -14,7 +14,7 @@ from typing import Any
 
 from specdec.engine import Engine, TextScore
 from specdec.sequence import SamplingParams, Sequence
-from specdec.serve.scheduler import Ended, Event, Failed, Job, Scheduler
+from specdec.serve.scheduler import Closed, Ended, Event, Failed, Job, Scheduler
 
 __all__ = ["Guest", "Stopped"]
 
@@ -97,7 +97,11 @@ class Guest:
         return results[0] if len(results) == 1 else results
 
     def score(self, token_ids: Seq[int], start: int = 1) -> TextScore:
-        """As Engine.score."""
+        """As Engine.score.
+
+        Raises:
+            Closed: the scheduler is.
+        """
         return self._scheduler.call(lambda: self._scheduler.engine.score(token_ids, start))
 
     # ---- from any thread
@@ -128,7 +132,7 @@ class Guest:
             self._live[id(key)] = job
         try:
             self._scheduler.submit(job)
-        except RuntimeError as error:
+        except Closed as error:
             del self._live[id(key)]
             raise Stopped("closed") from error
 

@@ -66,7 +66,7 @@ class Searches:
             ValueError: an argument that the search refuses.
             ImportError: it needs a package that the server lacks.
             Overloaded: there is no room for it.
-            RuntimeError: the scheduler is closed.
+            Closed: the scheduler is.
         """
         guest = Guest(self._scheduler, client, seconds)
         self._scheduler.engine._check_prompt(self.encode(body.problem), SamplingParams(max_new_tokens=1))
