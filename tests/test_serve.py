@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from conftest import make_tiny_llama, make_tiny_tokenizer
 from specdec.kv_cache import KVCache
 from specdec.sequence import SamplingParams
 from specdec.serve.app import Limits, make_app
+from specdec.serve.protocol import Message
 from specdec.serve.scheduler import Ended, Failed, Job, Overloaded, Piece, Scheduler
 
 MODEL = "tiny"
@@ -162,6 +164,35 @@ def test_the_outermost_values_are_served(fields: dict, stream: bool) -> None:
                 json.loads(json.dumps(part), parse_constant=refuse)
 
     asyncio.run(main())
+
+
+def test_the_usual_chat_idiom(reference: specdec.Engine) -> None:
+    """`messages.append(answer.choices[0].message)`, as object and as dict: what the server said may come back, nulls and all."""
+    first = [{"role": "user", "content": "abc", "name": "ann"}]
+    said = reference.generate(CHAT["messages"], SamplingParams(max_new_tokens=12)).text
+    second = [*CHAT["messages"], {"role": "assistant", "content": said}, {"role": "user", "content": "d"}]
+    expected = reference.generate(second, SamplingParams(max_new_tokens=12)).text
+    asked: dict[str, Any] = {"model": MODEL, "max_completion_tokens": 12, "temperature": 0}
+
+    async def main() -> None:
+        async with serving() as client:
+            chat = openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=client, max_retries=0).chat.completions
+            told = (await chat.create(messages=first, **asked)).choices[0].message
+            assert told.content == said
+            for turn in (told, told.model_dump(), {**told.model_dump(), "tool_calls": [], "annotations": []}):
+                answer = await chat.create(messages=[*first, turn, {"role": "user", "content": "d"}], **asked)
+                assert answer.choices[0].message.content == expected
+            for field in ("refusal", "tool_calls", "function_call", "audio"):
+                turn = {"role": "assistant", "content": said, field: "x" if field == "refusal" else {"id": "x"}}
+                with pytest.raises(openai.BadRequestError, match=field):
+                    await chat.create(messages=[*first, turn], **asked)
+
+    asyncio.run(main())
+
+
+def test_templates_are_given_names() -> None:
+    message = Message(role="user", content="abc", name="ann")
+    assert message.as_dict() == {"role": "user", "content": "abc", "name": "ann"}
 
 
 def test_requests_beside_each_other_keep_their_text(reference: specdec.Engine) -> None:

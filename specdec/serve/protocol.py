@@ -40,6 +40,7 @@ def _greedy_or_finite(temperature: float) -> float:
 Text = Annotated[str, AfterValidator(_encodable)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_greedy_or_finite)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
 Evaluators = Literal["yes_no", "log_probability", "self_consistency", "arithmetic", "countdown"]
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 
@@ -185,15 +186,22 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """One turn of a chat."""
+    """One turn of a chat; what an answer's message holds may come back in the next request."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
+    name: Text | None = Field(None, description="of who speaks; the chat template may use it")
+    refusal: None = None
+    tool_calls: Nothing = None
+    function_call: None = None
+    audio: None = None
+    annotations: Nothing = None
 
     def as_dict(self) -> dict[str, str]:
         """What chat templates expect; developer is OpenAI's newer name of system."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        said = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return said if self.name is None else {**said, "name": self.name}
 
 
 class ChatRequest(_Sampling):
