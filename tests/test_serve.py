@@ -19,6 +19,7 @@ from conftest import make_tiny_llama, make_tiny_tokenizer
 from specdec.kv_cache import KVCache
 from specdec.sequence import SamplingParams
 from specdec.serve.app import Limits, make_app
+from specdec.serve.mailbox import Mailbox
 from specdec.serve.protocol import Message
 from specdec.serve.scheduler import Ended, Failed, Job, Overloaded, Piece, Scheduler
 
@@ -176,7 +177,9 @@ def test_the_usual_chat_idiom(reference: specdec.Engine) -> None:
 
     async def main() -> None:
         async with serving() as client:
-            chat = openai.AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=client, max_retries=0).chat.completions
+            chat = openai.AsyncOpenAI(
+                api_key="none", base_url="http://test/v1", http_client=client, max_retries=0
+            ).chat.completions
             told = (await chat.create(messages=first, **asked)).choices[0].message
             assert told.content == said
             for turn in (told, told.model_dump(), {**told.model_dump(), "tool_calls": [], "annotations": []}):
@@ -346,6 +349,40 @@ def test_a_late_request_ends_and_others_go_on(stream: bool) -> None:
             error = json.loads(answer.text.split("data: ")[-1])["error"] if stream else answer.json()["error"]
             assert answer.status_code == (200 if stream else 504) and "longer" in error["message"] and "[DONE]" not in answer.text
             assert (await client.post("/v1/completions", json={**BASE, "max_tokens": 1})).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_a_stream_without_news_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments, which clients skip, while a request waits for a row."""
+    monkeypatch.setattr("specdec.serve.app.POLL", 0.01)
+    monkeypatch.setattr("specdec.serve.app.KEEP_ALIVE", 0.02)
+
+    async def main() -> None:
+        async with serving(max_rows=1) as client:
+            long = asyncio.create_task(client.post("/v1/completions", json={**BASE, "max_tokens": 500, "ignore_eos": True}))
+            await until(lambda: client.engine.rows)
+            text = (await client.post("/v1/completions", json={**BASE, "stream": True})).text
+            assert text.startswith(": ") and text.endswith("data: [DONE]\n\n")
+            assert (await long).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_what_nobody_reads_is_kept_as_one_piece() -> None:
+    async def main() -> None:
+        mailbox = Mailbox()
+        for step in range(200):
+            for index in range(3):
+                mailbox.put(Piece(index, f"{step},", [step], [-1.0 * step], "stop" if step == 199 else None))
+        mailbox.put(Failed("closed"))
+        await until(lambda: len(mailbox) == 4)
+        for index in range(3):
+            expected = Piece(
+                index, "".join(f"{step}," for step in range(200)), list(range(200)), [-1.0 * s for s in range(200)], "stop"
+            )
+            assert await mailbox.get(1) == expected
+        assert await mailbox.get(1) == Failed("closed") and await mailbox.get(0.01) is None
 
     asyncio.run(main())
 

@@ -106,6 +106,11 @@ class Guest:
 
     # ---- from any thread
 
+    @property
+    def seconds_left(self) -> float:
+        """Until the search must end."""
+        return self._deadline - time.monotonic()
+
     def stop(self, reason: str) -> None:
         """End the search before its next text; nothing happens if it has ended."""
         with self._changed:
@@ -126,7 +131,7 @@ class Guest:
                 self._changed.notify_all()
 
         job.notify, job.counted = notify, False
-        job.timeout = self._deadline - time.monotonic()
+        job.timeout = self.seconds_left
         with self._changed:
             self._check()
             self._live[id(key)] = job
@@ -138,7 +143,7 @@ class Guest:
 
     def _wait(self, condition: Any) -> None:
         with self._changed:
-            in_time = self._changed.wait_for(lambda: condition() or self._reason, max(0.0, self._deadline - time.monotonic()) + 1)
+            in_time = self._changed.wait_for(lambda: condition() or self._reason, max(0.0, self.seconds_left) + 1)
             self._reason = self._reason or ("" if in_time else "timeout")
             self._check()
 
