@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import torch
+from pydantic import BaseModel, ValidationError
 
 import specdec
 from conftest import make_tiny_llama, make_tiny_tokenizer
@@ -20,7 +21,7 @@ from specdec.kv_cache import KVCache
 from specdec.sequence import SamplingParams
 from specdec.serve.app import Limits, make_app
 from specdec.serve.mailbox import Mailbox
-from specdec.serve.protocol import Message
+from specdec.serve.protocol import ChatRequest, CompletionRequest, Message, ReasonRequest
 from specdec.serve.scheduler import Ended, Failed, Job, Overloaded, Piece, Scheduler
 
 MODEL = "tiny"
@@ -282,6 +283,36 @@ def test_hostile_requests_are_refused_by_name(reference: specdec.Engine) -> None
             assert good["choices"][0]["text"] == reference.generate(PROMPT, SamplingParams(max_new_tokens=12)).text
 
     asyncio.run(main())
+
+
+MANY = 20_000
+WRONG = {"": 1}
+FLOODS: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (CompletionRequest, {**BASE, "prompt": [-1] * MANY}),
+    (CompletionRequest, {**BASE, "prompt": [[-1] * MANY] * 2}),
+    (CompletionRequest, {**BASE, "prompt": ["\ud800"] * 2000}),
+    (CompletionRequest, {**BASE, "prompt": ["a"] * MANY}),
+    (CompletionRequest, {**BASE, "prompt": [[1]] * MANY}),
+    (CompletionRequest, {**BASE, "stop": [""] * MANY}),
+    (CompletionRequest, {**BASE, "stop_token_ids": [-1] * MANY}),
+    (CompletionRequest, {**BASE, **{str(index): 0 for index in range(MANY)}}),
+    (ChatRequest, {**CHAT, "messages": [WRONG] * MANY}),
+    (ChatRequest, {**CHAT, "messages": [{"role": "user", "content": "a"}] * MANY}),
+    (ChatRequest, {**CHAT, "messages": [{"role": "user", "content": [WRONG] * MANY}]}),
+    (ChatRequest, {**CHAT, "messages": [{"role": "user", "content": "a", **{str(index): 0 for index in range(MANY)}}]}),
+    (ChatRequest, {**CHAT, "messages": [{"role": "user", "content": "a", "tool_calls": [1] * MANY}]}),
+    (ReasonRequest, {"model": MODEL, "problem": "a", **{str(index): 0 for index in range(MANY)}}),
+]
+
+
+@pytest.mark.parametrize("place", range(len(FLOODS)))
+def test_one_thing_wrong_is_enough(place: int) -> None:
+    """A megabyte of mistakes is not told one by one, which would take seconds in the event loop."""
+    model, body = FLOODS[place]
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(body)
+    count = refused.value.error_count()
+    assert count <= 12
 
 
 def test_a_body_without_length_is_limited_too() -> None:

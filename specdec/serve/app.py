@@ -257,7 +257,7 @@ class _Server:
         """What happens until the request has ended or the client has gone, and None where nothing has for a while; however it is,
         its rows are free afterwards."""
         started = looked = told = time.monotonic()
-        last: Happening = Failed("cancelled")
+        last: Ended | ReasonResult | Failed = Failed("cancelled")
         try:
             while True:
                 happened: Happening | None = await mailbox.get(POLL)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from specdec.engine import Result
 from specdec.sequence import EXTREME, SamplingParams
@@ -21,12 +21,15 @@ __all__ = [
 ]  # fmt: skip
 
 INT64 = 2**63
+MOST = 2048  # prompts, messages, parts of a message
 
 
 def _encodable(text: str) -> str:
     """JSON can escape lone surrogates, which no tokenizer takes."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("must be valid Unicode, got a lone surrogate")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, got a lone surrogate") from None
     return text
 
 
@@ -38,9 +41,12 @@ def _greedy_or_finite(temperature: float) -> float:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# Every list is given up at its first mistake: a body full of them would be told one by one.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Several = Field(min_length=1, max_length=MOST, fail_fast=True)
 Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_greedy_or_finite)]
-Nothing = Annotated[list[Any], Field(max_length=0)] | None
+Nothing = Annotated[list[Any], Field(max_length=0)] | None  # as answers say it
 Evaluators = Literal["yes_no", "log_probability", "self_consistency", "arithmetic", "countdown"]
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 
@@ -89,6 +95,15 @@ class _Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, body: Any) -> Any:
+        """All but the first of the fields to refuse are left out: one is told, and there may be many."""
+        if not isinstance(body, dict):
+            return body
+        unknown = [name for name in body if name not in cls.model_fields]
+        return {name: value for name, value in body.items() if name in cls.model_fields or name is unknown[0]}
+
 
 class StreamOptions(_Body):
     """What a stream ends with."""
@@ -110,8 +125,8 @@ class _Sampling(_Body):
     presence_penalty: float | None = Field(None, ge=0, le=0, description="not supported: use repetition_penalty")
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="not supported: use repetition_penalty")
     n: int | None = Field(None, ge=1, lt=2**31)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     ignore_eos: bool | None = None
     seed: int | None = Field(None, ge=-INT64, lt=INT64, description="fixes the text")
@@ -155,7 +170,7 @@ class _Sampling(_Body):
 class CompletionRequest(_Sampling):
     """POST /v1/completions."""
 
-    prompt: Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: Text | TokenIds | Annotated[list[Text], Several] | Annotated[list[TokenIds], Several]
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="default 16")
     logprobs: Literal[0] | None = Field(None, description="0: of the emitted tokens; alternatives are not reported")
     echo: Literal[False] | None = None
@@ -189,7 +204,7 @@ class Message(_Body):
     """One turn of a chat; what an answer's message holds may come back in the next request."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(max_length=MOST, fail_fast=True)]
     name: Text | None = Field(None, description="of who speaks; the chat template may use it")
     refusal: None = None
     tool_calls: Nothing = None
@@ -207,7 +222,7 @@ class Message(_Body):
 class ChatRequest(_Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Several]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="goes before max_tokens; default: all that fit")
     logprobs: bool | None = None
