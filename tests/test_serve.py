@@ -19,6 +19,7 @@ import specdec
 from conftest import make_tiny_llama, make_tiny_tokenizer
 from specdec.kv_cache import KVCache
 from specdec.sequence import SamplingParams
+from specdec.serve import app as app_module
 from specdec.serve.app import Limits, make_app
 from specdec.serve.mailbox import Mailbox
 from specdec.serve.protocol import ChatRequest, CompletionRequest, Message, ReasonRequest
@@ -513,6 +514,32 @@ def test_clients_share_the_rows(scheduler: Scheduler) -> None:
     assert order.index("modest") <= 3
 
 
+@pytest.mark.parametrize("search", [False, True])
+def test_requests_of_a_client_share_its_rows(scheduler: Scheduler, search: bool) -> None:
+    """Twenty samples, of one request or of a search, whose every text is a job, do not all go before the same client's next request."""
+    order: list[str] = []
+    part_of = object() if search else None
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True, n=1 if search else 20)
+    many = [Listener(scheduler, "a", params, "one", part_of=part_of) for _ in range(20 if search else 1)]
+    other = Listener(scheduler, "b", SHORT, "one")
+    admitted = scheduler.engine.add
+    scheduler.engine.add = lambda seq: (order.append("b" if seq.token_ids == other.job.prompts[0] else "a"), admitted(seq))
+    for listener in (*many, other):
+        scheduler.submit(listener.job)
+    scheduler.start()
+    assert all(isinstance(listener.last, Ended) for listener in (*many, other))
+    assert order[:2] == ["a", "b"] and len(order) == 21
+
+
+def test_a_short_request_overtakes_a_long_one(scheduler: Scheduler) -> None:
+    scheduler.start()
+    long = Listener(scheduler, "abc", LONG, stream=True)
+    scheduler.submit(long.job)
+    assert long.first.wait(60)
+    assert isinstance(Listener(scheduler, "xyz", SHORT).ask(), Ended) and not long.done.is_set()
+    scheduler.cancel(long.job)
+
+
 def test_cancelling_frees_the_row(scheduler: Scheduler) -> None:
     scheduler.start()
     running = [Listener(scheduler, "abc", LONG, stream=True) for _ in range(2)]
@@ -671,3 +698,33 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.serve.cli.find_spec", lambda name: None)
     result = CliRunner().invoke(cli.app, ["serve"])
     assert result.exit_code == 2 and "pip install 'specdec[serve]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "host", "warned"),
+    [([], "127.0.0.1", False), (["--host", "::1"], "::1", False), (["--host", "localhost"], "localhost", False),
+     (["--host", "0.0.0.0"], "0.0.0.0", True), (["--host", "0.0.0.0", "--api-key", "k"], "0.0.0.0", False)],
+)  # fmt: skip
+def test_the_command_listens_to_this_machine_alone_unless_told(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], host: str, warned: bool
+) -> None:
+    from typer.testing import CliRunner
+
+    from specdec import cli
+
+    seen: list[Any] = []
+
+    class Idle:
+        def __init__(self, app: Any, host: str, *options: Any) -> None:
+            seen.append((host, *options))
+
+        def run(self) -> None:
+            """Listen to nobody."""
+
+    monkeypatch.setattr("specdec.serve.listener.Listener", Idle)
+    monkeypatch.setattr("specdec.serve.cli.load_engine", lambda *args: make_engine())
+    monkeypatch.setattr(app_module, "make_app", lambda engine, name, limits, key: seen.append(limits))
+    result = CliRunner().invoke(cli.app, ["serve", *options, "--max-prompt", "7", "--max-samples", "3", "--stall", "5"])
+    assert result.exit_code == 0, result.output
+    assert seen == [Limits(prompt_tokens=7, samples=3, stall=5.0), (host, 8000, 30, 1000, 5.0, None)]
+    assert ("can use this server" in result.stdout + result.stderr) == warned

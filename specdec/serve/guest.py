@@ -130,7 +130,7 @@ class Guest:
                     self._reason = self._reason or event.reason
                 self._changed.notify_all()
 
-        job.notify, job.counted = notify, False
+        job.notify, job.counted, job.part_of = notify, False, self
         job.timeout = self.seconds_left
         with self._changed:
             self._check()

@@ -1,6 +1,7 @@
-"""Scheduler: one thread owns the engine. Requests join and leave between steps, and every client has the same share of the rows.
+"""Scheduler: one thread owns the engine. Requests join and leave between steps, and every client has the same share of the rows, and
+within it every request.
 
-    submit -> a queue a client -> free rows to the client that has the fewest -> Engine.step -> pieces, results -> notify
+    submit -> a queue a client -> free rows to who has the fewest -> Engine.step -> pieces, results -> notify
     call   ------------------------------------------------------------------> between two steps -> its result
 
 A request's random streams are those of `Engine.generate` for its prompts alone, so its text does not depend on what runs beside it.
@@ -80,6 +81,7 @@ class Job:
         timeout: seconds from submission, waiting included.
         stream: whether it wants Pieces.
         sequences: of its samples, if they are made already.
+        part_of: the request whose share of the client's rows it uses; None: its own.
         counted: against the limit of the queue; False: `reserve` has counted it.
     """
 
@@ -90,10 +92,16 @@ class Job:
     timeout: float = 600.0
     stream: bool = False
     sequences: list[Sequence] | None = None
+    part_of: Any = None
     counted: bool = True
     deadline: float = math.inf
     left: int = 0  # samples that have not finished
     samples: list[_Sample] = field(default_factory=list)
+
+    @property
+    def request(self) -> Any:
+        """What it shares the client's rows as."""
+        return self if self.part_of is None else self.part_of
 
     @property
     def size(self) -> int:
@@ -303,13 +311,16 @@ class Scheduler:
         self._queues.setdefault(job.client, deque()).extend(job.samples)
 
     def _admit(self) -> None:
-        """Give free rows to the client with the fewest; among equals to the one that was served longest ago."""
+        """Give free rows to the client with the fewest, among equals to the one that was served longest ago; and of its requests to the
+        one with the fewest, among equals to the oldest."""
         engine = self.engine
         while self._queues and len(engine.rows) + len(engine.waiting) < engine.max_rows:
             rows = Counter(sample.job.client for sample in self._running)
             client = min(self._queues, key=lambda name: rows[name])  # min takes the first of equals
             queue = self._queues.pop(client)
-            sample = queue.popleft()
+            own = Counter(sample.job.request for sample in self._running)
+            sample = min(queue, key=lambda sample: own[sample.job.request])
+            queue.remove(sample)
             if queue:
                 self._queues[client] = queue
             engine.add(sample.seq)
