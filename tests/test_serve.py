@@ -330,7 +330,19 @@ def test_a_body_without_length_is_limited_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer wrong", "bearer secret", "Basic secret", "Bearer secretx", "secret"]
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer wrong",
+        "bearer wrong",
+        "bearersecret",
+        "Bearer  secret",
+        "Basic secret",
+        "Bearer secretx",
+        "secret",
+    ],
 )
 def test_a_missing_or_wrong_key(header: str | None) -> None:
     async def main() -> None:
@@ -340,8 +352,9 @@ def test_a_missing_or_wrong_key(header: str | None) -> None:
                 answer = await client.get(path, headers=headers)
                 assert answer.status_code == 401 and "secret" not in answer.text
             assert (await client.get("/health")).status_code == 200
-            models = await client.get("/v1/models", headers={"authorization": "Bearer secret"})
-            assert [card["id"] for card in models.json()["data"]] == [MODEL]
+            for scheme in ("Bearer", "bearer", "BEARER"):  # the scheme's letters may be of either case (RFC 9110, 11.1)
+                models = await client.get("/v1/models", headers={"authorization": f"{scheme} secret"})
+                assert [card["id"] for card in models.json()["data"]] == [MODEL]
 
     asyncio.run(main())
 
