@@ -371,12 +371,11 @@ class Engine:
             if seq.finished:
                 continue
             row = len(self.rows)
-            needed = len(seq.token_ids) + 64
-            self.cache.reserve(row + 1, needed)
-            self.cache.lengths[row] = 0
-            seq.row = row
-            self.rows.append(seq)
             try:
+                self.cache.reserve(row + 1, len(seq.token_ids) + 64)  # for want of memory, this prompt alone fails
+                self.cache.lengths[row] = 0
+                seq.row = row
+                self.rows.append(seq)
                 self.builder.start(seq)
                 self._prefill(seq)
             except BaseException as error:

@@ -108,16 +108,16 @@ class KVCache(Cache):
             value_group = (shape.value_heads, shape.value_dim, shape.dtype, shape.device)
             key_index = self._take(key_group)
             self._slots.append((key_group, key_index, value_group, self._take(value_group)))
-        self._buffers = {group: self._allocate(group) for group in self._groups}  # [buffers, R, H, C, D]
+        self._buffers = {group: self._allocate(group, rows, capacity) for group in self._groups}  # [buffers, R, H, C, D]
 
     def _take(self, group: tuple[int, int, torch.dtype, torch.device]) -> int:
         index = self._groups.get(group, 0)
         self._groups[group] = index + 1
         return index
 
-    def _allocate(self, group: tuple[int, int, torch.dtype, torch.device]) -> torch.Tensor:
+    def _allocate(self, group: tuple[int, int, torch.dtype, torch.device], rows: int, capacity: int) -> torch.Tensor:
         heads, dim, dtype, device = group
-        return torch.empty((self._groups[group], self.rows, heads, self.capacity, dim), dtype=dtype, device=device)
+        return torch.empty((self._groups[group], rows, heads, capacity, dim), dtype=dtype, device=device)
 
     @property
     def window_end(self) -> int:
@@ -130,23 +130,20 @@ class KVCache(Cache):
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
     def reserve(self, rows: int, capacity: int) -> None:
-        """Grow (by doubling) so that `rows` rows of `capacity` slots fit; what is committed is kept."""
+        """Grow (by doubling) so that `rows` rows of `capacity` slots fit; what is committed is kept.
+
+        If there is no memory for that, the cache stays as it is.
+        """
         if rows <= self.rows and capacity <= self.capacity:
             return
-        old = self._buffers
         nodes = [start + known for start, known in zip(self.starts, self.known)]  # of the forward under way
         used = min(max([*self.lengths, *nodes]), self.capacity)
-        while self.rows < rows:
-            self.lengths += [0] * self.rows
-            self.rows *= 2
-        while self.capacity < capacity:
-            self.capacity *= 2
-        self._buffers = {}
-        for group in self._groups:
-            fresh = self._allocate(group)
-            kept = old.pop(group)  # freed group by group, so that the peak is one group's copy
-            fresh[:, : kept.shape[1], :, :used] = kept[:, :, :, :used]
-            self._buffers[group] = fresh
+        rows, capacity = _doubled(self.rows, rows), _doubled(self.capacity, capacity)
+        grown = {group: self._allocate(group, rows, capacity) for group in self._groups}
+        for group, kept in self._buffers.items():
+            grown[group][:, : self.rows, :, :used] = kept[:, :, :, :used]
+        self.lengths += [0] * (rows - self.rows)
+        self.rows, self.capacity, self._buffers = rows, capacity, grown
 
     def begin(self, first_row: int, counts: Seq[int], known: Seq[int] | None = None) -> None:
         """Announce a forward over consecutive rows: row first_row + i has counts[i] nodes, known[i] of them written already."""
@@ -210,3 +207,10 @@ class KVCache(Cache):
     def row_tensors(self, row: int) -> list[torch.Tensor]:
         """Committed K/V of a row, one [buffers, H, P, D] view a group (tests, prefix stores)."""
         return [buffer[:, row, :, : self.lengths[row]] for buffer in self._buffers.values()]
+
+
+def _doubled(size: int, least: int) -> int:
+    """`size` doubled until it is at least `least`."""
+    while size < least:
+        size *= 2
+    return size

@@ -158,8 +158,13 @@ class Law:
         return token in self._seq.eos_token_ids or token in self._seq.params.stop_token_ids
 
     def logprob(self, node: int, token: int) -> float:
-        """log softmax(scores(node))[token]; temperature 0 is reported as the law of the unscaled scores."""
+        """log softmax(scores(node))[token]; temperature 0 is reported as the law of the unscaled scores.
+
+        Tokens with +inf share the law equally, its limit.
+        """
         scores = self.scores(node)
+        if infinite := int(torch.isposinf(scores).sum()) if scores[token] == math.inf else 0:
+            return -math.log(infinite)
         return float(scores[token] - torch.logsumexp(scores, dim=-1))
 
     def _process(self, node: int) -> torch.Tensor:

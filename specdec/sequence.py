@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from specdec.kv_cache import KVCache
     from specdec.randomness import Randomness
 
-__all__ = ["KVStore", "SamplingParams", "Sequence"]
+__all__ = ["EXTREME", "KVStore", "SamplingParams", "Sequence"]
+
+EXTREME = 1e6  # most that temperature and penalty may scale logits by, up or down: past it, float32 overflows
 
 StopCheck = Callable[["Sequence"], bool]
 
@@ -33,11 +35,11 @@ class SamplingParams:
 
     Args:
         max_new_tokens: most tokens to emit, >= 1.
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: 0 is greedy; otherwise logits are divided by it, in [1e-6, 1e6].
         top_k: keep the k most probable tokens; 0 is off.
         top_p: keep the smallest set of tokens with at least this probability; 1 is off.
         min_p: keep tokens with at least this share of the top token's probability; 0 is off.
-        repetition_penalty: > 1 lowers the logits of tokens that already occurred (prompt included); 1 is off.
+        repetition_penalty: > 1 lowers the logits of tokens that already occurred (prompt included); 1 is off, in [1e-6, 1e6].
         min_new_tokens: no EOS or stop token before this many tokens.
         seed: None draws one number from torch's global generator a call, as `generate` would; an int fixes the text and leaves
             the global generator alone.
@@ -81,10 +83,17 @@ class SamplingParams:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             _require(number, f"{name} must be a finite number, got {value!r}")
         _require(self.temperature >= 0, f"temperature must be >= 0 (0 is greedy), got {self.temperature}")
+        _require(
+            self.temperature == 0 or 1 / EXTREME <= self.temperature <= EXTREME,
+            f"temperature must be 0 (greedy) or in [{1 / EXTREME:g}, {EXTREME:g}], or logits overflow, got {self.temperature}",
+        )
         _require(_is_int(self.top_k) and self.top_k >= 0, f"top_k must be an int >= 0 (0 is off), got {self.top_k!r}")
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1] (1 is off), got {self.top_p}")
         _require(0 <= self.min_p <= 1, f"min_p must be in [0, 1] (0 is off), got {self.min_p}")
-        _require(self.repetition_penalty > 0, f"repetition_penalty must be > 0 (1 is off), got {self.repetition_penalty}")
+        _require(
+            1 / EXTREME <= self.repetition_penalty <= EXTREME,
+            f"repetition_penalty must be > 0 (1 is off), in [{1 / EXTREME:g}, {EXTREME:g}], or logits overflow, got {self.repetition_penalty}",
+        )
         _require(
             _is_int(self.min_new_tokens) and 0 <= self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens must be an int in [0, max_new_tokens={self.max_new_tokens}], got {self.min_new_tokens!r}",

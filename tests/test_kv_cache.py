@@ -191,3 +191,55 @@ def test_every_step_leaves_what_a_fresh_prefill_would(name: str) -> None:
                 np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-6, atol=1e-8)
     assert steps > 5 and all(seq.finished for seq in seqs)
     assert [seq.output_ids for seq in seqs] == [truth[tuple(prompt)] for prompt in prompts]
+
+
+def test_a_failed_allocation_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three groups finds no memory: the cache is as it was, and growing works once there is some."""
+    cache = KVCache(SHAPES, 1, 16)
+    naive = Naive()
+    forward(cache, naive, 0, [[1, 1, 1]])
+    held, before = cache.nbytes, [tensor.clone() for tensor in cache.row_tensors(0)]
+    original = KVCache._allocate
+    calls: list[Any] = []
+
+    def short_of_memory(self: KVCache, *args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "_allocate", short_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.reserve(4, 1000)
+    assert (cache.rows, cache.capacity, cache.nbytes, len(cache.lengths)) == (1, 16, held, 1)
+    cache.reserve(4, 1000)
+    assert cache.rows == 4 and cache.capacity >= 1000 and cache.lengths == [3, 0, 0, 0]
+    assert all(torch.equal(now, then) for now, then in zip(cache.row_tensors(0), before))
+
+
+def test_an_admission_without_memory_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt finds no memory beside a running text: that goes on, and later prompts are served."""
+    (prompt,) = make_prompts([9])
+    engine = Engine(tiny_models.shared("llama"), method="ngram", max_rows=4)
+    alone = engine.generate(prompt, SamplingParams(max_new_tokens=30)).token_ids
+    engine.trim()
+    original = KVCache._allocate
+
+    def short_of_memory(self: KVCache, *args: Any) -> torch.Tensor:
+        wanted = original(self, *args)
+        if self is engine.cache and wanted.shape[3] > 256:
+            raise torch.OutOfMemoryError("no memory")
+        return wanted
+
+    monkeypatch.setattr(KVCache, "_allocate", short_of_memory)
+    params = [SamplingParams(max_new_tokens=30), SamplingParams(max_new_tokens=5)]
+    running, long = engine._sequences([prompt, [1] * 300], params)
+    engine.add(running)
+    engine.step()
+    engine.add(long)
+    while not running.finished:
+        engine.step()
+    assert isinstance(long.error, torch.OutOfMemoryError) and long.finish_reason == "error" and long.row == -1
+    assert running.error is None and running.output_ids == alone
+    assert engine.generate(prompt, SamplingParams(max_new_tokens=30)).token_ids == alone and not engine.rows

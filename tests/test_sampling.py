@@ -212,6 +212,23 @@ def test_infinity_is_greedy_only() -> None:
         Law(logits, DraftTree.root_only(4), sequence(temperature=1.0)).draw(0)
 
 
+def test_logprob_of_an_infinite_score_is_its_limit() -> None:
+    """Greedy takes the first of the tokens with +inf, whose law is equal shares among them; inf - inf would be NaN."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 17] = math.inf
+    law = Law(logits, DraftTree.root_only(4), sequence())
+    assert law.logprob(0, 17) == 0 and law.logprob(0, 3) == -math.inf
+    logits[0, 20] = math.inf
+    assert law.logprob(0, 17) == law.logprob(0, 20) == pytest.approx(-math.log(2))
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
+@pytest.mark.parametrize("value", [1e-40, 1e-300, 9e-7, 1.1e6, 1e300])
+def test_factors_that_overflow_logits_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .*1e-06"):
+        SamplingParams(**{name: value})
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_nothing_left_is_refused(temperature: float) -> None:
     class Nothing(LogitsProcessor):

@@ -10,12 +10,19 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
+import torch
+from pydantic import BaseModel, ValidationError
 
 import specdec
 from conftest import make_tiny_llama, make_tiny_tokenizer
+from specdec.kv_cache import KVCache
 from specdec.sequence import SamplingParams
+from specdec.serve import app as app_module
 from specdec.serve.app import Limits, make_app
+from specdec.serve.mailbox import Mailbox
+from specdec.serve.protocol import ChatRequest, CompletionRequest, Message, ReasonRequest
 from specdec.serve.scheduler import Ended, Failed, Job, Overloaded, Piece, Scheduler
 
 MODEL = "tiny"
@@ -142,6 +149,57 @@ def test_chat_is_that_of_generate(reference: specdec.Engine, stream: bool) -> No
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 1e-6}, {"repetition_penalty": 1e-6}, {"repetition_penalty": 100, "temperature": 100}]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_outermost_values_are_served(fields: dict, stream: bool) -> None:
+    """What is accepted never overflows, and no answer holds NaN, which JSON does not know."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} in an answer")
+
+    async def main() -> None:
+        async with serving() as client:
+            answer = await client.post("/v1/completions", json={**BASE, **fields, "logprobs": 0, "stream": stream})
+            assert answer.status_code == 200, answer.text
+            for part in events(answer.text) if stream else [answer.json()]:
+                json.loads(json.dumps(part), parse_constant=refuse)
+
+    asyncio.run(main())
+
+
+def test_the_usual_chat_idiom(reference: specdec.Engine) -> None:
+    """`messages.append(answer.choices[0].message)`, as object and as dict: what the server said may come back, nulls and all."""
+    first = [{"role": "user", "content": "abc", "name": "ann"}]
+    said = reference.generate(CHAT["messages"], SamplingParams(max_new_tokens=12)).text
+    second = [*CHAT["messages"], {"role": "assistant", "content": said}, {"role": "user", "content": "d"}]
+    expected = reference.generate(second, SamplingParams(max_new_tokens=12)).text
+    asked: dict[str, Any] = {"model": MODEL, "max_completion_tokens": 12, "temperature": 0}
+
+    async def main() -> None:
+        async with serving() as client:
+            chat = openai.AsyncOpenAI(
+                api_key="none", base_url="http://test/v1", http_client=client, max_retries=0
+            ).chat.completions
+            told = (await chat.create(messages=first, **asked)).choices[0].message
+            assert told.content == said
+            for turn in (told, told.model_dump(), {**told.model_dump(), "tool_calls": [], "annotations": []}):
+                answer = await chat.create(messages=[*first, turn, {"role": "user", "content": "d"}], **asked)
+                assert answer.choices[0].message.content == expected
+            for field in ("refusal", "tool_calls", "function_call", "audio"):
+                turn = {"role": "assistant", "content": said, field: "x" if field == "refusal" else {"id": "x"}}
+                with pytest.raises(openai.BadRequestError, match=field):
+                    await chat.create(messages=[*first, turn], **asked)
+
+    asyncio.run(main())
+
+
+def test_templates_are_given_names() -> None:
+    message = Message(role="user", content="abc", name="ann")
+    assert message.as_dict() == {"role": "user", "content": "abc", "name": "ann"}
+
+
 def test_requests_beside_each_other_keep_their_text(reference: specdec.Engine) -> None:
     def expected(index: int) -> str:
         return reference.generate(
@@ -190,6 +248,10 @@ HOSTILE: list[tuple[str, Any, int, str]] = [  # path, body (dict or raw text), s
     ("/v1/completions", {**BASE, "stop": ""}, 400, "stop"),
     ("/v1/completions", {**BASE, "min_tokens": 100}, 400, "min_new_tokens"),
     ("/v1/completions", {**BASE, "seed": 2**70}, 400, "seed"),
+    ("/v1/completions", {**BASE, "temperature": 1e-40}, 400, "temperature"),
+    ("/v1/completions", {**BASE, "repetition_penalty": 1e-300}, 400, "repetition_penalty"),
+    ("/v1/completions", {**BASE, "temperature": 1, "repetition_penalty": 1e-300}, 400, "repetition_penalty"),
+    ("/v1/reason", {"model": MODEL, "problem": "a", "temperature": 1e-40}, 400, "temperature"),
     ("/v1/completions", '{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "temperature"),
     ("/v1/completions", '{"model": "tiny", "prompt": "a", "top_p": 1e999}', 400, "top_p"),
     ("/v1/completions", '{"model": "tiny", "prompt": "a", "seed": ' + "9" * 5000 + "}", 400, ""),
@@ -224,6 +286,36 @@ def test_hostile_requests_are_refused_by_name(reference: specdec.Engine) -> None
     asyncio.run(main())
 
 
+MANY = 20_000
+WRONG = {"": 1}
+FLOODS: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (CompletionRequest, {**BASE, "prompt": [-1] * MANY}),
+    (CompletionRequest, {**BASE, "prompt": [[-1] * MANY] * 2}),
+    (CompletionRequest, {**BASE, "prompt": ["\ud800"] * 2000}),
+    (CompletionRequest, {**BASE, "prompt": ["a"] * MANY}),
+    (CompletionRequest, {**BASE, "prompt": [[1]] * MANY}),
+    (CompletionRequest, {**BASE, "stop": [""] * MANY}),
+    (CompletionRequest, {**BASE, "stop_token_ids": [-1] * MANY}),
+    (CompletionRequest, {**BASE, **{str(index): 0 for index in range(MANY)}}),
+    (ChatRequest, {**CHAT, "messages": [WRONG] * MANY}),
+    (ChatRequest, {**CHAT, "messages": [{"role": "user", "content": "a"}] * MANY}),
+    (ChatRequest, {**CHAT, "messages": [{"role": "user", "content": [WRONG] * MANY}]}),
+    (ChatRequest, {**CHAT, "messages": [{"role": "user", "content": "a", **{str(index): 0 for index in range(MANY)}}]}),
+    (ChatRequest, {**CHAT, "messages": [{"role": "user", "content": "a", "tool_calls": [1] * MANY}]}),
+    (ReasonRequest, {"model": MODEL, "problem": "a", **{str(index): 0 for index in range(MANY)}}),
+]
+
+
+@pytest.mark.parametrize("place", range(len(FLOODS)))
+def test_one_thing_wrong_is_enough(place: int) -> None:
+    """A megabyte of mistakes is not told one by one, which would take seconds in the event loop."""
+    model, body = FLOODS[place]
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate(body)
+    count = refused.value.error_count()
+    assert count <= 12
+
+
 def test_a_body_without_length_is_limited_too() -> None:
     async def body() -> AsyncIterator[bytes]:
         for _ in range(100):
@@ -238,7 +330,19 @@ def test_a_body_without_length_is_limited_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer wrong", "bearer secret", "Basic secret", "Bearer secretx", "secret"]
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer wrong",
+        "bearer wrong",
+        "bearersecret",
+        "Bearer  secret",
+        "Basic secret",
+        "Bearer secretx",
+        "secret",
+    ],
 )
 def test_a_missing_or_wrong_key(header: str | None) -> None:
     async def main() -> None:
@@ -248,8 +352,9 @@ def test_a_missing_or_wrong_key(header: str | None) -> None:
                 answer = await client.get(path, headers=headers)
                 assert answer.status_code == 401 and "secret" not in answer.text
             assert (await client.get("/health")).status_code == 200
-            models = await client.get("/v1/models", headers={"authorization": "Bearer secret"})
-            assert [card["id"] for card in models.json()["data"]] == [MODEL]
+            for scheme in ("Bearer", "bearer", "BEARER"):  # the scheme's letters may be of either case (RFC 9110, 11.1)
+                models = await client.get("/v1/models", headers={"authorization": f"{scheme} secret"})
+                assert [card["id"] for card in models.json()["data"]] == [MODEL]
 
     asyncio.run(main())
 
@@ -293,6 +398,40 @@ def test_a_late_request_ends_and_others_go_on(stream: bool) -> None:
     asyncio.run(main())
 
 
+def test_a_stream_without_news_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments, which clients skip, while a request waits for a row."""
+    monkeypatch.setattr("specdec.serve.app.POLL", 0.01)
+    monkeypatch.setattr("specdec.serve.app.KEEP_ALIVE", 0.02)
+
+    async def main() -> None:
+        async with serving(max_rows=1) as client:
+            long = asyncio.create_task(client.post("/v1/completions", json={**BASE, "max_tokens": 500, "ignore_eos": True}))
+            await until(lambda: client.engine.rows)
+            text = (await client.post("/v1/completions", json={**BASE, "stream": True})).text
+            assert text.startswith(": ") and text.endswith("data: [DONE]\n\n")
+            assert (await long).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_what_nobody_reads_is_kept_as_one_piece() -> None:
+    async def main() -> None:
+        mailbox = Mailbox()
+        for step in range(200):
+            for index in range(3):
+                mailbox.put(Piece(index, f"{step},", [step], [-1.0 * step], "stop" if step == 199 else None))
+        mailbox.put(Failed("closed"))
+        await until(lambda: len(mailbox) == 4)
+        for index in range(3):
+            expected = Piece(
+                index, "".join(f"{step}," for step in range(200)), list(range(200)), [-1.0 * s for s in range(200)], "stop"
+            )
+            assert await mailbox.get(1) == expected
+        assert await mailbox.get(1) == Failed("closed") and await mailbox.get(0.01) is None
+
+    asyncio.run(main())
+
+
 def test_a_failing_step_ends_those_in_it(reference: specdec.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with serving() as client:
@@ -310,6 +449,31 @@ def test_a_failing_step_ends_those_in_it(reference: specdec.Engine, monkeypatch:
     asyncio.run(main())
 
 
+def test_memory_that_was_short_once_is_no_end(reference: specdec.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt for which the cache cannot grow fails alone; what runs beside it and what comes later is answered."""
+    original = KVCache._allocate
+
+    def short_of_memory(self: KVCache, *args: Any) -> Any:
+        wanted = original(self, *args)
+        if wanted.shape[3] > 1024:
+            raise torch.OutOfMemoryError("no memory")
+        return wanted
+
+    monkeypatch.setattr(KVCache, "_allocate", short_of_memory)
+    short, long = {**BASE, "max_tokens": 300, "ignore_eos": True}, {**BASE, "prompt": "a" * 1500}
+    expected = reference.generate(PROMPT, SamplingParams(max_new_tokens=300, ignore_eos=True)).text
+
+    async def main() -> None:
+        async with serving() as client:
+            beside = asyncio.create_task(client.post("/v1/completions", json=short))
+            await until(lambda: client.engine.rows)
+            assert (await client.post("/v1/completions", json=long)).status_code == 500
+            for answer in (await beside, await client.post("/v1/completions", json=short)):
+                assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == expected
+
+    asyncio.run(main())
+
+
 # ---- the scheduler alone ------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +481,7 @@ class Listener:
     """Collects the events of one job."""
 
     def __init__(self, scheduler: Scheduler, prompt: str, params: SamplingParams, client: str = "", **fields: Any) -> None:
-        self.events: list[Any] = []
+        self.scheduler, self.events = scheduler, []
         self.first, self.done = threading.Event(), threading.Event()
         self.job = Job([scheduler.engine.encode(prompt)], params, client, self, **fields)
 
@@ -326,6 +490,11 @@ class Listener:
         self.first.set()
         if not isinstance(event, Piece):
             self.done.set()
+
+    def ask(self) -> Any:
+        """Submit, and wait for the end."""
+        self.scheduler.submit(self.job)
+        return self.last
 
     @property
     def last(self) -> Any:
@@ -356,6 +525,32 @@ def test_clients_share_the_rows(scheduler: Scheduler) -> None:
     scheduler.start()
     assert all(isinstance(listener.last, Ended) for listener in (*many, one))
     assert order.index("modest") <= 3
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_requests_of_a_client_share_its_rows(scheduler: Scheduler, search: bool) -> None:
+    """Twenty samples, of one request or of a search, whose every text is a job, do not all go before the same client's next request."""
+    order: list[str] = []
+    part_of = object() if search else None
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True, n=1 if search else 20)
+    many = [Listener(scheduler, "a", params, "one", part_of=part_of) for _ in range(20 if search else 1)]
+    other = Listener(scheduler, "b", SHORT, "one")
+    admitted = scheduler.engine.add
+    scheduler.engine.add = lambda seq: (order.append("b" if seq.token_ids == other.job.prompts[0] else "a"), admitted(seq))
+    for listener in (*many, other):
+        scheduler.submit(listener.job)
+    scheduler.start()
+    assert all(isinstance(listener.last, Ended) for listener in (*many, other))
+    assert order[:2] == ["a", "b"] and len(order) == 21
+
+
+def test_a_short_request_overtakes_a_long_one(scheduler: Scheduler) -> None:
+    scheduler.start()
+    long = Listener(scheduler, "abc", LONG, stream=True)
+    scheduler.submit(long.job)
+    assert long.first.wait(60)
+    assert isinstance(Listener(scheduler, "xyz", SHORT).ask(), Ended) and not long.done.is_set()
+    scheduler.cancel(long.job)
 
 
 def test_cancelling_frees_the_row(scheduler: Scheduler) -> None:
@@ -406,6 +601,99 @@ def test_closing_ends_what_runs(scheduler: Scheduler) -> None:
         scheduler.submit(Listener(scheduler, "abc", SHORT).job)
 
 
+def test_idle_buffers_are_given_back(scheduler: Scheduler) -> None:
+    """What a burst of long prompts has grown is not held for ever."""
+    scheduler.start()
+    held = scheduler.engine.cache.nbytes
+    scheduler.idle_seconds = 0.01
+    listener = Listener(scheduler, "a" * 900, SHORT, stream=True)
+    scheduler.submit(listener.job)
+    assert listener.first.wait(60)
+    assert isinstance(listener.last, Ended)
+    asyncio.run(until(lambda: scheduler.engine.cache.nbytes == held))
+    assert isinstance(Listener(scheduler, "abc", SHORT).ask(), Ended)
+
+
+def test_a_job_that_comes_while_closing_is_told(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It arrives after the thread has looked for arrivals, and before it sees that it must end."""
+    first, late = (Listener(scheduler, "abc", LONG) for _ in range(2))
+    closer, original = threading.Thread(target=scheduler.close), scheduler._begin
+
+    def begin(job: Job) -> None:
+        original(job)
+        scheduler.submit(late.job)
+        closer.start()
+        while not scheduler._refusal:
+            pass
+
+    monkeypatch.setattr(scheduler, "_begin", begin)
+    scheduler.start()
+    assert first.ask() == late.last == Failed("closed")
+    closer.join()
+
+
+def break_the_thread(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next look at the rows raises what nobody expects."""
+
+    def broken() -> None:
+        raise AssertionError("unforeseen")
+
+    monkeypatch.setattr(scheduler, "_admit", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+
+
+def test_the_thread_does_not_end_in_silence(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for it is told, and whoever comes later is refused at once."""
+    break_the_thread(scheduler, monkeypatch)
+    jobs = [Listener(scheduler, "abc", LONG) for _ in range(3)]
+    for listener in jobs:
+        scheduler.submit(listener.job)
+    called: list[Any] = []
+
+    def call() -> None:
+        with pytest.raises(RuntimeError) as refused:
+            scheduler.call(lambda: 1)
+        called.append(refused.value)
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    while not scheduler._calls:
+        pass
+    scheduler.start()
+    assert [listener.last for listener in jobs] == [Failed("error")] * 3
+    caller.join(60)
+    assert called and not caller.is_alive()
+    scheduler._thread.join()
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        scheduler.submit(Listener(scheduler, "abc", SHORT).job)
+    assert scheduler._unfinished == scheduler.running == scheduler.waiting == 0
+
+
+def test_a_server_without_its_thread_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with serving() as client:
+            break_the_thread(client.app.state.scheduler, monkeypatch)
+            assert (await client.post("/v1/completions", json=BASE)).status_code == 500
+            await until(lambda: not client.app.state.scheduler.alive)
+            assert (await client.get("/health")).status_code == 503
+            answer = await client.post("/v1/completions", json=BASE)
+            assert answer.status_code == 503 and "thread has ended" in answer.json()["error"]["message"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, MemoryError])
+def test_a_request_that_cannot_begin_fails_alone(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.engine, "_stop_check", lambda params: (_ for _ in ()).throw(error("unforeseen")))
+        bad = Listener(scheduler, "abc", SHORT)
+        scheduler.start()
+        assert bad.ask() == Failed("error")
+    assert isinstance(Listener(scheduler, "abc", SHORT).ask(), Ended)
+
+
 def test_the_queue_is_bounded(scheduler: Scheduler) -> None:
     for _ in range(52):
         scheduler.submit(Listener(scheduler, "abc", SHORT).job)
@@ -423,3 +711,33 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.serve.cli.find_spec", lambda name: None)
     result = CliRunner().invoke(cli.app, ["serve"])
     assert result.exit_code == 2 and "pip install 'specdec[serve]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "host", "warned"),
+    [([], "127.0.0.1", False), (["--host", "::1"], "::1", False), (["--host", "localhost"], "localhost", False),
+     (["--host", "0.0.0.0"], "0.0.0.0", True), (["--host", "0.0.0.0", "--api-key", "k"], "0.0.0.0", False)],
+)  # fmt: skip
+def test_the_command_listens_to_this_machine_alone_unless_told(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], host: str, warned: bool
+) -> None:
+    from typer.testing import CliRunner
+
+    from specdec import cli
+
+    seen: list[Any] = []
+
+    class Idle:
+        def __init__(self, app: Any, host: str, *options: Any) -> None:
+            seen.append((host, *options))
+
+        def run(self) -> None:
+            """Listen to nobody."""
+
+    monkeypatch.setattr("specdec.serve.listener.Listener", Idle)
+    monkeypatch.setattr("specdec.serve.cli.load_engine", lambda *args: make_engine())
+    monkeypatch.setattr(app_module, "make_app", lambda engine, name, limits, key: seen.append(limits))
+    result = CliRunner().invoke(cli.app, ["serve", *options, "--max-prompt", "7", "--max-samples", "3", "--stall", "5"])
+    assert result.exit_code == 0, result.output
+    assert seen == [Limits(prompt_tokens=7, samples=3, stall=5.0), (host, 8000, 30, 1000, 5.0, None)]
+    assert ("can use this server" in result.stdout + result.stderr) == warned

@@ -122,6 +122,18 @@ def test_seconds_end_a_search_with_what_it_found() -> None:
     asyncio.run(main())
 
 
+def test_seconds_beyond_the_servers_limit_end_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what was found, which the server's limit would drop."""
+    monkeypatch.setattr("specdec.serve.searches.SHARE", 0.02)
+
+    async def main() -> None:
+        async with serving(Limits(seconds=20), model=own_model()) as client:
+            answer = await client.post("/v1/reason", json={**ENDLESS, "seconds": 1000})
+            assert answer.status_code == 200 and 0 < answer.json()["usage"]["completion_tokens"] < 20_000
+
+    asyncio.run(main())
+
+
 def test_searches_count_in_the_queue() -> None:
     """Each reserves its width: one fits, the next gets 429; what it reserved is free once its client has gone."""
 

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 import specdec
 from specdec.engine import Engine
@@ -28,15 +28,17 @@ from specdec.search.reason import ReasonResult
 from specdec.sequence import SamplingParams
 from specdec.serve.answers import ChatWriter, CompletionWriter, ReasonWriter, TextWriter, Writer, event
 from specdec.serve.gate import Gate
+from specdec.serve.mailbox import Mailbox
 from specdec.serve.metrics import Metrics
 from specdec.serve.protocol import ApiError, ChatRequest, CompletionRequest, ErrorAnswer, ReasonRequest, error_body
-from specdec.serve.scheduler import Ended, Failed, Job, Overloaded, Piece, Scheduler
+from specdec.serve.scheduler import Closed, Ended, Failed, Job, Overloaded, Piece, Scheduler
 from specdec.serve.searches import Searches, Step
 
 __all__ = ["Limits", "make_app"]
 
 logger = logging.getLogger("specdec")
 POLL = 0.25  # seconds between two looks at whether the client is still there
+KEEP_ALIVE = 15.0  # seconds after which a stream says that it goes on
 GRACE = 2.0  # seconds that whoever works on a late request has to say so itself
 Happening = Piece | Ended | Step | ReasonResult | Failed
 FAILURES = {
@@ -61,6 +63,7 @@ class Limits:
         searches: that run at once; each counts as so many samples as it is wide.
         search_budget: tokens of a search.
         seconds: from the arrival of a request to its last token.
+        stall: seconds for which a client may leave a stream unread before it is dropped.
     """
 
     body: int = 1 << 20
@@ -71,9 +74,10 @@ class Limits:
     searches: int = 2
     search_budget: int = 20_000
     seconds: float = 600.0
+    stall: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("body", "new_tokens", "samples", "searches", "seconds"):
+        for name in ("body", "new_tokens", "samples", "searches", "seconds", "stall"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
 
@@ -158,36 +162,36 @@ class _Server:
         """Submit a request for texts."""
         self._check_model(body.model)
         prompts, params = await run_in_threadpool(self._read, body)
-        events, notify = _listen()
-        job = Job(prompts, params, _client(request), notify, self.limits.seconds, bool(body.stream))
+        mailbox = Mailbox()
+        job = Job(prompts, params, _client(request), mailbox.put, self.limits.seconds, bool(body.stream))
         with _submitting():
             self.scheduler.submit(job)
         writer = writer_class(self.name, body, self.engine.tokenizer)
-        return await self._respond(request, events, writer, bool(body.stream), lambda: self.scheduler.cancel(job))
+        return await self._respond(request, mailbox, writer, bool(body.stream), lambda: self.scheduler.cancel(job))
 
     async def reason(self, body: ReasonRequest, request: Request) -> Response:
         """Submit a search."""
         self._check_model(body.model)
         self._check_search(body)
-        events, notify = _listen()
+        mailbox = Mailbox()
         try:
             with _submitting():
-                search = await run_in_threadpool(self._submit_search, body, _client(request), notify)
+                search = await run_in_threadpool(self._submit_search, body, _client(request), mailbox.put)
         except (ValueError, ImportError) as error:
             raise ApiError(400, str(error)) from error
         except TemplateError as error:
             raise ApiError(400, f"the model's chat template refuses this problem: {error}", "problem") from error
         return await self._respond(
-            request, events, ReasonWriter(self.name, body), body.stream, lambda: self.searches.cancel(search)
+            request, mailbox, ReasonWriter(self.name, body), body.stream, lambda: self.searches.cancel(search)
         )
 
     async def _respond(
-        self, request: Request, events: asyncio.Queue[Happening], writer: Writer, stream: bool, cancel: Callable[[], None]
+        self, request: Request, mailbox: Mailbox, writer: Writer, stream: bool, cancel: Callable[[], None]
     ) -> Response:
         """The answer, whole or a stream."""
-        happenings = self._happenings(request, events, cancel)
+        happenings = self._happenings(request, mailbox, cancel)
         if stream:
-            return _Stream(self._stream(happenings, writer), cancel)
+            return _Stream(self._stream(happenings, writer), cancel, self.limits.stall)
         return await self._whole(happenings, writer)
 
     def _check_model(self, model: str) -> None:
@@ -248,40 +252,50 @@ class _Server:
         return self.limits.new_tokens if context is None else min(self.limits.new_tokens, context - len(ids))
 
     async def _happenings(
-        self, request: Request, events: asyncio.Queue[Happening], cancel: Callable[[], None]
-    ) -> AsyncGenerator[Happening, None]:
-        """What happens until the request has ended or the client has gone; however that is, its rows are free afterwards."""
-        started = time.perf_counter()
+        self, request: Request, mailbox: Mailbox, cancel: Callable[[], None]
+    ) -> AsyncGenerator[Happening | None, None]:
+        """What happens until the request has ended or the client has gone, and None where nothing has for a while; however it is,
+        its rows are free afterwards."""
+        started = looked = told = time.monotonic()
+        last: Ended | ReasonResult | Failed = Failed("cancelled")
         try:
             while True:
-                try:
-                    happened = await asyncio.wait_for(events.get(), POLL)
-                except TimeoutError:
+                happened: Happening | None = await mailbox.get(POLL)
+                now = time.monotonic()
+                if now - looked >= POLL:  # by the clock, however fast events come
+                    looked = now
                     if await request.is_disconnected():
                         return
-                    if time.perf_counter() - started < self.limits.seconds + GRACE:
-                        continue
+                if happened is None and now - started > self.limits.seconds + GRACE:
                     happened = Failed("timeout")
-                if not isinstance(happened, (Piece, Step)):
-                    self.metrics.ended(happened, time.perf_counter() - started)
+                if happened is None and now - told < KEEP_ALIVE:
+                    continue
+                told = now
+                if happened is None or isinstance(happened, (Piece, Step)):
+                    yield happened
+                    continue
+                last = happened
                 yield happened
-                if not isinstance(happened, (Piece, Step)):
-                    return
+                return
         finally:
+            self.metrics.ended(last, time.monotonic() - started)
             cancel()
 
-    async def _whole(self, happenings: AsyncGenerator[Happening, None], writer: Writer) -> Response:
+    async def _whole(self, happenings: AsyncGenerator[Happening | None, None], writer: Writer) -> Response:
         last: Happening = Failed("cancelled")
         async with contextlib.aclosing(happenings):
             async for happened in happenings:
-                last = happened
+                last = happened or last
         if isinstance(last, Failed):
             raise ApiError(*FAILURES[last.reason])
         return JSONResponse(writer.whole(last))
 
-    async def _stream(self, happenings: AsyncGenerator[Happening, None], writer: Writer) -> AsyncIterator[str]:
+    async def _stream(self, happenings: AsyncGenerator[Happening | None, None], writer: Writer) -> AsyncGenerator[str, None]:
         async with contextlib.aclosing(happenings):
             async for happened in happenings:
+                if happened is None:
+                    yield ": no news\n\n"  # a comment: proxies and clients cut connections that are silent
+                    continue
                 if isinstance(happened, Failed):
                     yield event(error_body(*FAILURES[happened.reason]))
                     return
@@ -290,18 +304,6 @@ class _Server:
                     yield event(chunk)
                 if not goes_on:
                     yield "data: [DONE]\n\n"
-
-
-def _listen() -> tuple[asyncio.Queue[Happening], Callable[[Happening], None]]:
-    """A queue, and what puts something into it from any thread."""
-    events: asyncio.Queue[Happening] = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-
-    def notify(happened: Happening) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop has ended, and with it everybody who listened
-            loop.call_soon_threadsafe(events.put_nowait, happened)
-
-    return events, notify
 
 
 def _client(request: Request) -> str:
@@ -315,22 +317,35 @@ def _submitting() -> Iterator[None]:
         yield
     except Overloaded as error:
         raise ApiError(429, str(error), code="overloaded", retry_after=error.retry_after) from error
-    except RuntimeError as error:
-        raise ApiError(503, FAILURES["closed"][1]) from error
+    except Closed as error:
+        raise ApiError(503, str(error)) from error
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; `close` is called however they end, also if the client goes away before the first."""
+    """Server-sent events.
 
-    def __init__(self, content: AsyncIterator[str], close: Callable[[], None]) -> None:
+    Args:
+        content: the events.
+        close: called however they end, also if the client goes away before the first.
+        stall: seconds that a client may take to make room for an event.
+    """
+
+    def __init__(self, content: AsyncGenerator[str, None], close: Callable[[], None], stall: float) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._close = close
+        self._content, self._close, self._stall = content, close, stall
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(self._stall):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:  # returning before the end of the body has the connection closed
+            logger.warning("specdec: a client has not read its stream for %g s and is dropped", self._stall)
         finally:
             self._close()
+            await self._content.aclose()
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------------

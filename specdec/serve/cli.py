@@ -45,31 +45,37 @@ def serve(
     max_rows: Annotated[int, typer.Option(min=1, help="samples decoded at once")] = 8,
     max_waiting: Annotated[int, typer.Option(min=0, help="samples that may wait for a row; further requests get 429")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="most new tokens of a sample")] = 4096,
+    max_prompt: Annotated[int | None, typer.Option(min=1, help="most tokens of a prompt; default: the model's context")] = None,
+    max_samples: Annotated[int, typer.Option(min=1, help="most samples of a request, prompts times n")] = 64,
     max_searches: Annotated[int, typer.Option(min=1, help="/v1/reason calls that run at once")] = 2,
     max_budget: Annotated[int, typer.Option(min=0, help="most tokens of a /v1/reason call")] = 20_000,
     max_body: Annotated[int, typer.Option(min=1, help="most bytes of a request")] = 1 << 20,
+    max_connections: Annotated[int, typer.Option(min=1, help="connections at once; more get 503")] = 1000,
+    stall: Annotated[float, typer.Option(min=0.001, help="seconds that a client may leave its stream unread")] = 30.0,
     timeout: Annotated[float, typer.Option(min=0.001, help="seconds that a request may take, waiting included")] = 600.0,
     drain: Annotated[int, typer.Option(min=0, help="seconds that running requests have after SIGTERM")] = 30,
+    proxy: Annotated[
+        str | None, typer.Option(help="addresses (* for any) whose X-Forwarded-For names the client; default: nobody's does")
+    ] = None,
 ) -> None:
     """Serve an OpenAI-compatible HTTP API: /v1/completions, /v1/chat/completions, /v1/reason, /v1/models, /health, /metrics."""
     with clean_errors():
         if missing := [package for package in NEEDED if find_spec(package) is None]:
             raise ImportError(f"specdec serve needs {', '.join(missing)}; fix: pip install 'specdec[serve]'")
-        import uvicorn
-
         from specdec.serve.app import Limits, make_app
+        from specdec.serve.listener import Listener
 
         if api_key is None and not _is_loopback(host):
             console.print(f"anybody who reaches {host} can use this server; --api-key asks for a key", style="yellow")
         limits = Limits(
-            body=max_body, new_tokens=max_tokens, waiting=max_waiting, seconds=timeout, searches=max_searches, search_budget=max_budget,
+            body=max_body, new_tokens=max_tokens, prompt_tokens=max_prompt, samples=max_samples, waiting=max_waiting,
+            seconds=timeout, stall=stall, searches=max_searches, search_budget=max_budget,
         )  # fmt: skip
         engine = load_engine(model, dtype, method, budget, drafter, compile, max_rows)
         served = name or (model or "embedded").rstrip("/").rsplit("/", 1)[-1]
         app = make_app(engine, served, limits, api_key)
         console.print(f"serving {served}", highlight=False)
-        # Once SIGTERM comes, uvicorn takes no new connections and lets the running requests end.
-        uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=drain, log_level="info", access_log=False)
+        Listener(app, host, port, drain, max_connections, stall, proxy).run()
 
 
 def _is_loopback(host: str) -> bool:

@@ -32,7 +32,7 @@ class Gate:
         if api_key is not None and not (api_key and api_key.isascii()):
             raise ValueError("api_key must be non-empty ASCII text, which headers can carry")
         self._app, self._most, self._metrics = app, most, metrics
-        self._expected = None if api_key is None else b"Bearer " + api_key.encode()
+        self._expected = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
@@ -55,7 +55,10 @@ class Gate:
         await self._app(scope, self._limited(receive), counting)
 
     def _may_enter(self, path: str, authorization: bytes) -> bool:
-        return self._expected is None or path in OPEN or hmac.compare_digest(authorization, self._expected)
+        if self._expected is None or path in OPEN:
+            return True
+        scheme, _, key = authorization.partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key, self._expected)
 
     @property
     def _too_large(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from specdec.engine import Engine, TextScore
 from specdec.sequence import SamplingParams, Sequence
-from specdec.serve.scheduler import Ended, Event, Failed, Job, Scheduler
+from specdec.serve.scheduler import Closed, Ended, Event, Failed, Job, Scheduler
 
 __all__ = ["Guest", "Stopped"]
 
@@ -97,10 +97,19 @@ class Guest:
         return results[0] if len(results) == 1 else results
 
     def score(self, token_ids: Seq[int], start: int = 1) -> TextScore:
-        """As Engine.score."""
+        """As Engine.score.
+
+        Raises:
+            Closed: the scheduler is.
+        """
         return self._scheduler.call(lambda: self._scheduler.engine.score(token_ids, start))
 
     # ---- from any thread
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the search must end."""
+        return self._deadline - time.monotonic()
 
     def stop(self, reason: str) -> None:
         """End the search before its next text; nothing happens if it has ended."""
@@ -121,20 +130,20 @@ class Guest:
                     self._reason = self._reason or event.reason
                 self._changed.notify_all()
 
-        job.notify, job.counted = notify, False
-        job.timeout = self._deadline - time.monotonic()
+        job.notify, job.counted, job.part_of = notify, False, self
+        job.timeout = self.seconds_left
         with self._changed:
             self._check()
             self._live[id(key)] = job
         try:
             self._scheduler.submit(job)
-        except RuntimeError as error:
+        except Closed as error:
             del self._live[id(key)]
             raise Stopped("closed") from error
 
     def _wait(self, condition: Any) -> None:
         with self._changed:
-            in_time = self._changed.wait_for(lambda: condition() or self._reason, max(0.0, self._deadline - time.monotonic()) + 1)
+            in_time = self._changed.wait_for(lambda: condition() or self._reason, max(0.0, self.seconds_left) + 1)
             self._reason = self._reason or ("" if in_time else "timeout")
             self._check()
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from specdec.engine import Result
-from specdec.sequence import SamplingParams
+from specdec.sequence import EXTREME, SamplingParams
 
 __all__ = [
     "ApiError", "ChatRequest", "CompletionRequest", "ErrorAnswer", "Message", "ReasonRequest", "error_body", "finish_reason", "speculation",
@@ -21,17 +21,32 @@ __all__ = [
 ]  # fmt: skip
 
 INT64 = 2**63
+MOST = 2048  # prompts, messages, parts of a message
 
 
 def _encodable(text: str) -> str:
     """JSON can escape lone surrogates, which no tokenizer takes."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("must be valid Unicode, got a lone surrogate")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, got a lone surrogate") from None
     return text
 
 
+def _greedy_or_finite(temperature: float) -> float:
+    """Where SamplingParams has its lower bound, too."""
+    if 0 < temperature < 1 / EXTREME:
+        raise ValueError(f"must be 0 (greedy) or at least {1 / EXTREME:g}, got {temperature:g}")
+    return temperature
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# Every list is given up at its first mistake: a body full of them would be told one by one.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Several = Field(min_length=1, max_length=MOST, fail_fast=True)
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_greedy_or_finite)]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None  # as answers say it
 Evaluators = Literal["yes_no", "log_probability", "self_consistency", "arithmetic", "countdown"]
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 
@@ -80,6 +95,15 @@ class _Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, body: Any) -> Any:
+        """All but the first of the fields to refuse are left out: one is told, and there may be many."""
+        if not isinstance(body, dict):
+            return body
+        unknown = [name for name in body if name not in cls.model_fields]
+        return {name: value for name, value in body.items() if name in cls.model_fields or name is unknown[0]}
+
 
 class StreamOptions(_Body):
     """What a stream ends with."""
@@ -93,16 +117,16 @@ class _Sampling(_Body):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy; default 1")
+    temperature: Temperature | None = Field(None, description="0 is greedy; default 1")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=1 / EXTREME, le=100)
     presence_penalty: float | None = Field(None, ge=0, le=0, description="not supported: use repetition_penalty")
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="not supported: use repetition_penalty")
     n: int | None = Field(None, ge=1, lt=2**31)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=64)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     ignore_eos: bool | None = None
     seed: int | None = Field(None, ge=-INT64, lt=INT64, description="fixes the text")
@@ -146,7 +170,7 @@ class _Sampling(_Body):
 class CompletionRequest(_Sampling):
     """POST /v1/completions."""
 
-    prompt: Text | TokenIds | Annotated[list[Text], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: Text | TokenIds | Annotated[list[Text], Several] | Annotated[list[TokenIds], Several]
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="default 16")
     logprobs: Literal[0] | None = Field(None, description="0: of the emitted tokens; alternatives are not reported")
     echo: Literal[False] | None = None
@@ -177,21 +201,28 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    """One turn of a chat."""
+    """One turn of a chat; what an answer's message holds may come back in the next request."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], Field(max_length=MOST, fail_fast=True)]
+    name: Text | None = Field(None, description="of who speaks; the chat template may use it")
+    refusal: None = None
+    tool_calls: Nothing = None
+    function_call: None = None
+    audio: None = None
+    annotations: Nothing = None
 
     def as_dict(self) -> dict[str, str]:
         """What chat templates expect; developer is OpenAI's newer name of system."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        said = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return said if self.name is None else {**said, "name": self.name}
 
 
 class ChatRequest(_Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Several]
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="goes before max_tokens; default: all that fit")
     logprobs: bool | None = None
@@ -220,7 +251,7 @@ class ReasonRequest(_Body):
     evaluator: Evaluators | None = "yes_no"
     policy: str = Field("bg_mcts", max_length=100)
     seed: int = Field(0, ge=0, lt=INT64)
-    temperature: float = Field(0.7, ge=0, le=100)
+    temperature: Temperature = 0.7
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31)
     answers: Literal["math", "number", "exact"] = "math"

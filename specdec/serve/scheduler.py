@@ -1,6 +1,7 @@
-"""Scheduler: one thread owns the engine. Requests join and leave between steps, and every client has the same share of the rows.
+"""Scheduler: one thread owns the engine. Requests join and leave between steps, and every client has the same share of the rows, and
+within it every request.
 
-    submit -> a queue a client -> free rows to the client that has the fewest -> Engine.step -> pieces, results -> notify
+    submit -> a queue a client -> free rows to who has the fewest -> Engine.step -> pieces, results -> notify
     call   ------------------------------------------------------------------> between two steps -> its result
 
 A request's random streams are those of `Engine.generate` for its prompts alone, so its text does not depend on what runs beside it.
@@ -22,10 +23,14 @@ from specdec.engine import Engine, Result
 from specdec.sequence import SamplingParams, Sequence
 from specdec.text import Detokenizer
 
-__all__ = ["Ended", "Failed", "Job", "Overloaded", "Piece", "Scheduler"]
+__all__ = ["Closed", "Ended", "Failed", "Job", "Overloaded", "Piece", "Scheduler"]
 
 T = TypeVar("T")
 logger = logging.getLogger("specdec")
+
+
+class Closed(RuntimeError):
+    """The scheduler takes nothing any more; the message says why."""
 
 
 class Overloaded(Exception):
@@ -76,6 +81,7 @@ class Job:
         timeout: seconds from submission, waiting included.
         stream: whether it wants Pieces.
         sequences: of its samples, if they are made already.
+        part_of: the request whose share of the client's rows it uses; None: its own.
         counted: against the limit of the queue; False: `reserve` has counted it.
     """
 
@@ -86,10 +92,16 @@ class Job:
     timeout: float = 600.0
     stream: bool = False
     sequences: list[Sequence] | None = None
+    part_of: Any = None
     counted: bool = True
     deadline: float = math.inf
     left: int = 0  # samples that have not finished
     samples: list[_Sample] = field(default_factory=list)
+
+    @property
+    def request(self) -> Any:
+        """What it shares the client's rows as."""
+        return self if self.part_of is None else self.part_of
 
     @property
     def size(self) -> int:
@@ -114,12 +126,13 @@ class Scheduler:
     Args:
         engine: with a tokenizer.
         max_waiting: samples that may wait for a row; `submit` refuses more.
+        idle_seconds: without work, after which the K/V buffers are given back.
 
     Raises:
         ValueError: no tokenizer, a model that several processes share, or max_waiting < 0.
     """
 
-    def __init__(self, engine: Engine, max_waiting: int = 256) -> None:
+    def __init__(self, engine: Engine, max_waiting: int = 256, idle_seconds: float = 300.0) -> None:
         if engine.tokenizer is None:
             raise ValueError("a server needs a tokenizer to read and write text; fix: Engine(model, tokenizer)")
         if engine.target.ranks.size > 1:
@@ -128,13 +141,13 @@ class Scheduler:
             )
         if max_waiting < 0:
             raise ValueError(f"max_waiting must be >= 0, got {max_waiting}")
-        self.engine, self.max_waiting = engine, max_waiting
+        self.engine, self.max_waiting, self.idle_seconds = engine, max_waiting, idle_seconds
         self._changed = threading.Condition()  # guards the next five
         self._arrived: list[Job] = []
         self._cancelled: list[Job] = []
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._unfinished = 0  # samples, waiting and running, and reserved ones
-        self._closing = False
+        self._refusal = ""  # why nothing is taken any more
         self._jobs: set[Job] = set()
         self._queues: dict[str, deque[_Sample]] = {}  # by client, none empty; who was served last comes last
         self._running: list[_Sample] = []
@@ -167,7 +180,7 @@ class Scheduler:
 
         Raises:
             Overloaded: there is no room for it.
-            RuntimeError: the scheduler is closed.
+            Closed: the server stops, or the thread has ended.
         """
         with self._changed:
             self._reserve(job.size if job.counted else 0)
@@ -187,8 +200,8 @@ class Scheduler:
             self._unfinished -= samples
 
     def _reserve(self, samples: int) -> None:
-        if self._closing:
-            raise RuntimeError("the scheduler is closed")
+        if self._refusal:
+            raise Closed(f"the scheduler is closed: {self._refusal}")
         rows = self.engine.max_rows
         if samples and self._unfinished + samples > rows + self.max_waiting:
             raise Overloaded(min(60, math.ceil(self._seconds * max(1, self.waiting) / rows)))
@@ -198,7 +211,7 @@ class Scheduler:
         """`function()` between two steps; blocks until then.
 
         Raises:
-            RuntimeError: the scheduler is closed. And what the function raises.
+            Closed: as `submit`. And what the function raises.
         """
         future: Future[T] = Future()
         with self._changed:
@@ -216,7 +229,7 @@ class Scheduler:
     def close(self) -> None:
         """Stop after this step; jobs that have not ended fail with "closed"."""
         with self._changed:
-            self._closing = True
+            self._refusal = self._refusal or "the server is shutting down"
             self._changed.notify()
         if self.alive:
             self._thread.join()
@@ -224,23 +237,43 @@ class Scheduler:
     # ---- in the scheduler's thread --------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while self._take():
-            self._admit()
-            self._step()
-            for sample in list(self._running):
-                self._report(sample)
-            self._answer_call()
-        for job in list(self._jobs):
-            self._end(job, Failed("closed"))
-        for future, _ in self._calls:
-            future.set_exception(RuntimeError("the scheduler is closed"))
+        last = Failed("error")
+        try:
+            while self._take():
+                self._admit()
+                self._step()
+                for sample in list(self._running):
+                    self._report(sample)
+                self._answer_call()
+            for job in list(self._jobs):
+                self._end(job, Failed("closed"))
+            last = Failed("closed")
+        finally:
+            self._tell_everybody(last)
+
+    def _tell_everybody(self, last: Failed) -> None:
+        """Nobody may wait for a thread that has ended, however it did; the engine is not touched, it may be what failed."""
+        with self._changed:
+            self._refusal = self._refusal or "the engine's thread has ended"
+            jobs, calls = [*self._jobs, *self._arrived], list(self._calls)
+            self._jobs, self._arrived = set(), []
+            self._calls.clear()
+            self._queues.clear()
+            self._running.clear()
+        for job in jobs:
+            self._finished(job, job.left)
+            job.notify(last)
+        for future, _ in calls:
+            future.set_exception(Closed(f"the scheduler is closed: {self._refusal}"))
 
     def _take(self) -> bool:
         """Wait for something to do; start what has arrived, end what was cancelled or is late. False: closing."""
+        if not self._wait(self.idle_seconds):
+            self._trim()
+            self._wait(None)
         with self._changed:
-            while not (self._arrived or self._cancelled or self._jobs or self._calls or self._closing):
-                self._changed.wait()
             arrived, self._arrived = self._arrived, []
+            self._jobs.update(arrived)
             cancelled, self._cancelled = self._cancelled, []
         for job in arrived:
             self._begin(job)
@@ -249,13 +282,27 @@ class Scheduler:
         now = time.monotonic()
         for job in [job for job in self._jobs if now > job.deadline]:
             self._end(job, Failed("timeout"))
-        return not self._closing
+        return not self._refusal
+
+    def _wait(self, seconds: float | None) -> bool:
+        """Whether something to do has come within so many seconds."""
+        with self._changed:
+            return bool(self._changed.wait_for(self._has_work, seconds))
+
+    def _has_work(self) -> bool:
+        return bool(self._arrived or self._cancelled or self._jobs or self._calls or self._refusal)
+
+    def _trim(self) -> None:
+        """Give back what long or many texts have made the buffers grow to."""
+        try:
+            self.engine.trim()
+        except (RuntimeError, MemoryError):  # not even the smallest buffers can be had beside the old ones: those stay
+            logger.exception("specdec: no memory for new buffers")
 
     def _begin(self, job: Job) -> None:
-        self._jobs.add(job)
         try:
             sequences = job.sequences or self.engine._sequences(job.prompts, [job.params] * len(job.prompts))
-        except ValueError:
+        except Exception:  # the thread must outlive it, whatever it is: this request alone fails
             logger.exception("specdec: a request was accepted that the engine refuses")
             self._end(job, Failed("error"))
             return
@@ -264,13 +311,16 @@ class Scheduler:
         self._queues.setdefault(job.client, deque()).extend(job.samples)
 
     def _admit(self) -> None:
-        """Give free rows to the client with the fewest; among equals to the one that was served longest ago."""
+        """Give free rows to the client with the fewest, among equals to the one that was served longest ago; and of its requests to the
+        one with the fewest, among equals to the oldest."""
         engine = self.engine
         while self._queues and len(engine.rows) + len(engine.waiting) < engine.max_rows:
             rows = Counter(sample.job.client for sample in self._running)
             client = min(self._queues, key=lambda name: rows[name])  # min takes the first of equals
             queue = self._queues.pop(client)
-            sample = queue.popleft()
+            own = Counter(sample.job.request for sample in self._running)
+            sample = min(queue, key=lambda sample: own[sample.job.request])
+            queue.remove(sample)
             if queue:
                 self._queues[client] = queue
             engine.add(sample.seq)
@@ -293,8 +343,10 @@ class Scheduler:
             future, function = self._calls.popleft()
         try:
             future.set_result(function())
-        except Exception as error:  # the caller's to handle
+        except BaseException as error:  # the caller's to handle
             future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
 
     def _report(self, sample: _Sample) -> None:
         """Tell what the step gave this sample."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from specdec.search.answers import AnswerFormat, make_format
@@ -22,6 +22,7 @@ from specdec.serve.scheduler import Failed, Scheduler
 __all__ = ["Searches", "Step"]
 
 logger = logging.getLogger("specdec")
+SHARE = 0.9  # of the time that is left, for the search; the rest is for the texts in flight at its end
 KV_MEGABYTES = 256.0  # of the K/V that one search keeps between its texts
 
 Step = Event  # of a search: one text was told
@@ -66,7 +67,7 @@ class Searches:
             ValueError: an argument that the search refuses.
             ImportError: it needs a package that the server lacks.
             Overloaded: there is no room for it.
-            RuntimeError: the scheduler is closed.
+            Closed: the scheduler is.
         """
         guest = Guest(self._scheduler, client, seconds)
         self._scheduler.engine._check_prompt(self.encode(body.problem), SamplingParams(max_new_tokens=1))
@@ -78,13 +79,21 @@ class Searches:
             if event.status is None:  # the last one is the result
                 notify(event)
 
-        found = reason_all(
-            guest, [body.problem], body.budget, body.evaluator, body.policy, body.seed,
-            temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, answers=answers, step=body.step, config=config,
-            width=body.width, kv_megabytes=KV_MEGABYTES, on_event=on_event,
-        )  # fmt: skip
+        def begin(config: SearchConfig) -> Iterator[tuple[int, Any]]:
+            return reason_all(
+                guest, [body.problem], body.budget, body.evaluator, body.policy, body.seed,
+                temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, answers=answers, step=body.step, config=config,
+                width=body.width, kv_megabytes=KV_MEGABYTES, on_event=on_event,
+            )  # fmt: skip
+
+        def begin_in_time() -> Iterator[tuple[int, Any]]:
+            """Who asked for what is found within some seconds gets it before the server's own limit, which drops it."""
+            seconds = None if body.seconds is None else max(0.0, min(body.seconds, SHARE * guest.seconds_left))
+            return begin(replace(config, seconds=seconds))
+
+        begin(config)  # raises here, too
         self._scheduler.reserve(body.width)
-        future = self._pool.submit(self._run, found, answers, notify)
+        future = self._pool.submit(self._run, begin_in_time, answers, notify)
         future.add_done_callback(lambda _: self._scheduler.release(body.width))
         return _Running(guest, future)
 
@@ -98,10 +107,10 @@ class Searches:
         self._pool.shutdown(cancel_futures=True)
 
     @staticmethod
-    def _run(found: Iterator[tuple[int, Any]], answers: AnswerFormat, notify: Callable[[Any], None]) -> None:
+    def _run(begin: Callable[[], Iterator[tuple[int, Any]]], answers: AnswerFormat, notify: Callable[[Any], None]) -> None:
         last: ReasonResult | Failed = Failed("error")
         try:
-            ((_, result),) = found
+            ((_, result),) = begin()
             if isinstance(result, ReasonResult):
                 last = result
             else:

@@ -108,9 +108,9 @@ class DraftModel:
     def _claim(self, seq: Sequence) -> None:
         """Row `seq.row` holds a prefix of the request's text, if only an empty one."""
         while len(self._owners) <= seq.row:
+            self.cache.reserve(len(self._owners) + 1, 1)  # first, since it may find no memory
+            self.cache.lengths[len(self._owners)] = 0
             self._owners.append(-1)
-            self.cache.reserve(len(self._owners), 1)
-            self.cache.lengths[len(self._owners) - 1] = 0
         if self._owners[seq.row] != seq.id:
             self._owners[seq.row] = seq.id
             self.cache.lengths[seq.row] = 0
