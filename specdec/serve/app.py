@@ -110,7 +110,15 @@ def make_app(engine: Engine, name: str = "", limits: Limits | None = None, api_k
     app.add_exception_handler(Exception, _internal_error)
     app.state.scheduler = scheduler
     _add_routes(app, server)
+    _name_the_model(app, server.name)
     return app
+
+
+def _name_the_model(app: FastAPI, name: str) -> None:
+    """The description says which model there is: whoever makes requests from it, a client or a fuzzer, gets past the name."""
+    schemas = app.openapi()["components"]["schemas"]  # which app keeps
+    for body in (CompletionRequest, ChatRequest, ReasonRequest):
+        schemas[body.__name__]["properties"]["model"]["enum"] = [name]
 
 
 def _add_routes(app: FastAPI, server: _Server) -> None:
