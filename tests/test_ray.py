@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import specdec
 from specdec.search.config import SearchConfig
 from specdec.sequence import SamplingParams
 
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed (pip install 'specdec[ray]')")
+needs_ray = pytest.mark.skipif(
+    find_spec("ray") is None and not os.environ.get("CI"),
+    reason="ray is not installed (pip install 'specdec[ray]'); CI must have it",
+)
 ROOT = Path(__file__).parents[1]
 ROWS = 24
 PARAMS = SamplingParams(max_new_tokens=12, temperature=0.9, seed=5)
@@ -32,18 +36,19 @@ BUDGET = 150
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Two declared CPUs, however many there are."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Two declared CPUs, however many there are, on loopback; one cluster at a time, however many processes run tests."""
     import ray
 
     found = {"env_vars": {"PYTHONPATH": str(ROOT)}}  # the workers import this checkout
-    ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, runtime_env=found, log_to_driver=False,
-        configure_logging=False,
-    )  # fmt: skip
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        ray.init(
+            num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, runtime_env=found, log_to_driver=False,
+            configure_logging=False, _node_ip_address="127.0.0.1",
+        )  # fmt: skip
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
