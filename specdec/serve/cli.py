@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -49,6 +50,10 @@ def serve(
     max_budget: Annotated[int, typer.Option(min=0, help="most tokens of a /v1/reason call")] = 20_000,
     max_body: Annotated[int, typer.Option(min=1, help="most bytes of a request")] = 1 << 20,
     timeout: Annotated[float, typer.Option(min=0.001, help="seconds that a request may take, waiting included")] = 600.0,
+    warm_state: Annotated[
+        Path | None, typer.Option(help="file in which the servers of this machine share what their drafts learn")
+    ] = None,
+    share_every: Annotated[float, typer.Option(min=0.001, help="seconds between two looks at it")] = 60.0,
     drain: Annotated[int, typer.Option(min=0, help="seconds that running requests have after SIGTERM")] = 30,
 ) -> None:
     """Serve an OpenAI-compatible HTTP API: /v1/completions, /v1/chat/completions, /v1/reason, /v1/models, /health, /metrics."""
@@ -66,7 +71,7 @@ def serve(
         )  # fmt: skip
         engine = load_engine(model, dtype, method, budget, drafter, compile, max_rows)
         served = name or (model or "embedded").rstrip("/").rsplit("/", 1)[-1]
-        app = make_app(engine, served, limits, api_key)
+        app = make_app(engine, served, limits, api_key, warm_state=warm_state, share_every=share_every)
         console.print(f"serving {served}", highlight=False)
         # Once SIGTERM comes, uvicorn takes no new connections and lets the running requests end.
         uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=drain, log_level="info", access_log=False)
