@@ -15,7 +15,7 @@ FULL ?= results/full-$(shell git describe --always --dirty --abbrev=12)
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ray test-treequest lint format verify bench bench-full bench-micro bench-reasoning peers clean
+.PHONY: help setup demo test test-treequest lint format verify bench bench-full bench-micro bench-reasoning peers clean
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -40,11 +40,6 @@ demo: $(STAMP)
 ## make test     lint and every test, the slow ones too (ARGS="-k name")
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "" -n $(WORKERS) --dist worksteal $(ARGS)
-
-## make test-ray the tests that need Ray, which make test skips: installs the extra (200 MB), three minutes
-test-ray: $(STAMP)
-	$(PY) -m pip install --quiet --editable ".[ray]" --no-build-isolation
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "" tests/test_ray.py $(ARGS)
 
 ## make test-treequest   AB-MCTS's tests, which make test skips, and TreeQuest's host time beside ours: installs TreeQuest, ten minutes
 # In an environment of its own on top of .venv: TreeQuest's ulid is a module of the same name as another package's.

@@ -1,8 +1,14 @@
 """What Ray costs and what a second worker brings: `python -m bench.ray_scaling` (specdec[ray]).
 
 The same prompts in batches of `--batch`, one thread an engine, three ways: an engine without Ray; `specdec.ray.Generator` with one
-worker; with two. A worker's rate is its tokens after its first batch (which warms up) over the time until its last batch ended, what
-Ray does between batches included; workers run at once, so their rates are added. Starting Ray and loading models is in `wall` alone.
+worker; with two. Two rates, both without the start of Ray and of the models, which is in the seconds alone, and with what Ray does
+between batches:
+
+  added: a worker's tokens after its first batch (which warms up) over the time from its end to that of its last batch; the workers' rates
+    are added, as if all had work to the last. What the machine can do.
+  wall clock: all tokens after the moment when every worker has ended its first batch, over the time from then to the end of the last
+    batch of all; a worker that has nothing left to do while another goes on counts. What one gets.
+
 Every text must be that of the engine without Ray. The last line on stdout is one JSON object.
 """
 
@@ -17,12 +23,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import ray
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+try:
+    import ray
+except ModuleNotFoundError as error:
+    raise ImportError("bench.ray_scaling needs ray; fix: pip install 'specdec[ray]'") from error
 
 import specdec
 from specdec.models import embedded_model_path
@@ -84,20 +94,37 @@ def with_ray(prompts: list[str], size: int, options: dict[str, Any], workers: in
     return list(made.take_all())
 
 
-def rate(rows: Timed) -> float:
+def added_rate(rows: Timed) -> float:
     """Tokens a second, added over the workers.
 
     Raises:
         ValueError: a worker had fewer than three batches.
     """
-    total = 0.0
-    for worker, own in groupby(sorted(rows, key=lambda row: (row["worker"], row["end"])), key=lambda row: row["worker"]):
-        done = list(own)
-        first, last = done[0]["end"], done[-1]["end"]
-        if len({row["end"] for row in done}) < 3:
-            raise ValueError(f"worker {worker} had fewer than three batches; fix: more --prompts or a smaller --batch")
-        total += sum(row["text_tokens"] for row in done if row["end"] > first) / (last - first)
-    return total
+    return sum(_rate(own, own[0]["end"]) for own in _by_worker(rows))
+
+
+def wall_clock_rate(rows: Timed) -> float:
+    """Tokens a second of all workers, from the moment when each has ended its first batch.
+
+    Raises:
+        ValueError: a worker had fewer than three batches.
+    """
+    return _rate(sorted(rows, key=lambda row: row["end"]), max(own[0]["end"] for own in _by_worker(rows)))
+
+
+def _by_worker(rows: Timed) -> list[Timed]:
+    """The rows of each worker in the order of their ends."""
+    ordered = sorted(rows, key=lambda row: (row["worker"], row["end"]))
+    parts = [list(own) for _, own in groupby(ordered, key=lambda row: row["worker"])]
+    for own in parts:
+        if len({row["end"] for row in own}) < 3:
+            raise ValueError(f"worker {own[0]['worker']} had fewer than three batches; fix: more --prompts or a smaller --batch")
+    return parts
+
+
+def _rate(rows: Timed, begin: float) -> float:
+    """Tokens a second of the batches that ended after `begin`."""
+    return sum(row["text_tokens"] for row in rows if row["end"] > begin) / (rows[-1]["end"] - begin)
 
 
 def main(
@@ -110,8 +137,9 @@ def main(
     """One engine without Ray, one Ray worker, two."""
     texts = [task.text for task in random_tasks(prompts)]
     params = specdec.SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
-    rates: dict[str, list[float]] = {"no Ray": [], "1 worker": [], "2 workers": []}
-    walls: dict[str, list[float]] = {way: [] for way in rates}
+    added: dict[str, list[float]] = {"no Ray": [], "1 worker": [], "2 workers": []}
+    wall_clock: dict[str, list[float]] = {way: [] for way in added}
+    seconds: dict[str, list[float]] = {way: [] for way in added}
     with tempfile.TemporaryDirectory() as folder:
         path = tiny_model(Path(folder)) if model == "tiny" else None if model == "embedded" else model
         options = {"model": path, "params": params, "key": "id", "max_rows": batch, "dtype": "float32"}
@@ -127,19 +155,30 @@ def main(
             for way, run in runs.items():
                 begin = time.perf_counter()
                 rows = run()
-                walls[way].append(time.perf_counter() - begin)
+                seconds[way].append(time.perf_counter() - begin)
                 if sorted(row["id"] for row in rows) != list(range(prompts)) or {r["id"]: r["text"] for r in rows} != expected:
                     raise AssertionError(f"{way}: the texts are not those of an engine without Ray")
-                rates[way].append(rate(rows))
+                added[way].append(added_rate(rows))
+                wall_clock[way].append(wall_clock_rate(rows))
         ray.shutdown()
-    median = {way: float(np.median(found)) for way, found in rates.items()}
-    table = Table("", "tokens a second", "x no Ray", "seconds, start included")
-    for way, speed in median.items():
-        table.add_row(way, f"{speed:.1f}", f"{speed / median['no Ray']:.2f}", f"{np.median(walls[way]):.1f}")
+    table = Table("", "tokens a second, added", "x no Ray", "wall clock", "x no Ray", "seconds, start included")
+    for way in added:
+        ratios = [np.median(rates[way]) / np.median(rates["no Ray"]) for rates in (added, wall_clock)]
+        table.add_row(
+            way, f"{np.median(added[way]):.1f}", f"{ratios[0]:.2f}", f"{np.median(wall_clock[way]):.1f}", f"{ratios[1]:.2f}",
+            f"{np.median(seconds[way]):.1f}",
+        )  # fmt: skip
     Console().print(table)
     settings = {"model": model, "prompts": prompts, "batch": batch, "max_new_tokens": max_new_tokens, **environment()}
-    result = {"scaling": median["2 workers"] / median["1 worker"], "overhead": 1 - median["1 worker"] / median["no Ray"]}
-    print(json.dumps({"bench": "ray_scaling", "settings": settings, **result, "tokens_per_second": rates, "seconds": walls}))
+    found = {"added": ratios_of(added), "wall_clock": ratios_of(wall_clock)}
+    rates = {"added": added, "wall_clock": wall_clock}
+    print(json.dumps({"bench": "ray_scaling", "settings": settings, **found, "tokens_per_second": rates, "seconds": seconds}))
+
+
+def ratios_of(rates: dict[str, list[float]]) -> dict[str, float]:
+    """scaling: two workers over one; overhead: the share of the speed without Ray that one worker lacks."""
+    median = {way: float(np.median(found)) for way, found in rates.items()}
+    return {"scaling": median["2 workers"] / median["1 worker"], "overhead": 1 - median["1 worker"] / median["no Ray"]}
 
 
 if __name__ == "__main__":

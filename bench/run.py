@@ -9,6 +9,7 @@ disk at once (bench.log). The last line on stdout is one JSON object with everyt
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -210,9 +211,10 @@ def _spread(plan: _Plan, tasks: list[Task], out: Path | None, workers: int) -> t
     if not all(parts):
         raise ValueError(f"ray must be at most the number of prompts, got {workers}")
     if not ray.is_initialized():
-        ray.init(num_cpus=workers, include_dashboard=False)
-    measure = ray.remote(_measure).options(num_cpus=1, max_retries=0)  # a second try would be measured on a warm machine
-    running = [measure.remote(plan, part, None, Console(quiet=True)) for part in parts]
+        ray.init(num_cpus=max(workers, os.cpu_count() or 1), include_dashboard=False)
+    declared = share_of([node["Resources"] for node in ray.nodes() if node["Alive"]], workers)
+    measure = ray.remote(_measure_part).options(**declared, max_retries=0)  # a second try would be measured on a warm machine
+    running = [measure.remote(plan, part) for part in parts]
     log = None
     while running:
         (ended,), running = ray.wait(running)
@@ -222,6 +224,18 @@ def _spread(plan: _Plan, tasks: list[Task], out: Path | None, workers: int) -> t
         log.add(found.rows)
     assert log is not None
     return log, labels
+
+
+def _measure_part(plan: _Plan, tasks: list[Task]) -> tuple[Log, list[str]]:
+    """In a worker; a Console cannot travel to it."""
+    return _measure(plan, tasks, None, Console(quiet=True))
+
+
+def share_of(nodes: list[dict[str, float]], workers: int) -> dict[str, float]:
+    """What each of so many workers may declare so that all run at once: whole CPUs, and a GPU, several, or a part of one."""
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) / workers for kind in ("CPU", "GPU"))
+    most = max(node.get("CPU", 0.0) for node in nodes)
+    return {"num_cpus": max(1, int(min(cpus, most))), "num_gpus": gpus if gpus < 1 else int(gpus)}
 
 
 def _window(model: Any, max_new_tokens: int) -> int | None:

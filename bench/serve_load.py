@@ -16,8 +16,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
+
+try:
+    import httpx
+except ModuleNotFoundError as error:
+    raise ImportError("bench.serve_load needs httpx; fix: pip install 'specdec[bench]'") from error
 
 QUARTERS = 4
 
@@ -40,17 +44,19 @@ class Load:
     wall: float = 0.0
     memory: list[float] = field(default_factory=list)
 
-    def percentile(self, share: float) -> float:
-        """Milliseconds within which this share of the requests was answered; NaN if none was."""
+    def percentile(self, share: float) -> float | None:
+        """Milliseconds within which this share of the requests was answered; None if none was."""
         ordered = sorted(self.seconds)
-        return 1000 * ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else float("nan")
+        return round(1000 * ordered[min(len(ordered) - 1, int(len(ordered) * share))], 1) if ordered else None
 
     def summary(self) -> dict[str, Any]:
-        """One flat record."""
+        """One flat record. refused: with 429; failed: any other end without an answer."""
+        refused = self.statuses.count(429)
         return {
-            "requests": len(self.statuses), "ok": len(self.seconds), "refused": self.statuses.count(429), "wrong": len(self.wrong),
+            "requests": len(self.statuses), "ok": len(self.seconds), "refused": refused,
+            "failed": len(self.statuses) - len(self.seconds) - refused, "wrong": len(self.wrong),
             "per_second": round(len(self.seconds) / max(self.wall, 1e-9), 1),
-            **{f"p{share:g}_ms": round(self.percentile(share / 100), 1) for share in (50, 90, 99, 100)},
+            **{f"p{share:g}_ms": self.percentile(share / 100) for share in (50, 90, 99, 100)},
             "memory_mib": [round(each, 1) for each in self.memory],
         }  # fmt: skip
 

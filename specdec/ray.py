@@ -17,14 +17,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 try:
     import ray
+    from ray.exceptions import RayError
 except ModuleNotFoundError as error:
     raise ImportError("specdec.ray needs ray; fix: pip install 'specdec[ray]'") from error
 
@@ -50,8 +53,9 @@ Model = (
 class Generator:
     """Completes a column of prompts: a callable class for `ray.data.Dataset.map_batches`, with one engine a worker.
 
-    A batch gets three columns more: `output` (the text; with n > 1 a list of them), `output`_tokens and `output`_steps (new tokens
-    and verification steps, over all samples).
+    A batch gets four columns more: `output` (the text; with n > 1 a list of them), `output`_tokens and `output`_steps (new tokens
+    and verification steps, over all samples), and `output`_error: "", or why the row's prompt was refused (empty, longer than the
+    context, no prompt at all), whose text is "" then. One bad row does not end a job.
 
     Args:
         model: local folder or hub name, a callable that makes (model, tokenizer), or None: the embedded model.
@@ -95,11 +99,14 @@ class Generator:
         prompts = [_plain(prompt) for prompt in self._column(batch, self.prompt)]
         keys = prompts if self.key is None else self._column(batch, self.key)
         places = [_place(key if self.key is not None else repr(key)) for key in keys]
-        results = self.engine.generate(prompts, self.params, places) if prompts else []
-        samples = [results[start : start + self.params.n] for start in range(0, len(results), self.params.n)]
+        encoded, errors = self._encode(prompts)
+        results = iter(
+            self.engine.generate(list(encoded.values()), self.params, [places[row] for row in encoded]) if encoded else []
+        )
+        samples = [list(islice(results, self.params.n)) if row in encoded else [] for row in range(len(prompts))]
         texts = np.empty(len(samples), object)
         for row, found in enumerate(samples):
-            texts[row] = found[0].text if self.params.n == 1 else [result.text for result in found]
+            texts[row] = "".join(result.text for result in found) if self.params.n == 1 else [result.text for result in found]
         self._batches += 1
         if self._batches % self.share_every == 0:
             self._share()
@@ -108,7 +115,21 @@ class Generator:
             self.output: texts,
             f"{self.output}_tokens": np.array([sum(len(result.token_ids) for result in found) for found in samples], np.int64),
             f"{self.output}_steps": np.array([sum(result.steps for result in found) for found in samples], np.int64),
+            f"{self.output}_error": np.array([errors.get(row, "") for row in range(len(samples))], object),
         }
+
+    def _encode(self, prompts: list[Any]) -> tuple[dict[int, list[int]], dict[int, str]]:
+        """Token ids of the rows whose prompts are good, and what is wrong with the others."""
+        encoded, errors = {}, {}
+        for row, prompt in enumerate(prompts):
+            try:
+                ids = self.engine.encode(prompt)
+                self.engine._check_prompt(ids, self.params)
+            except (ValueError, TemplateError) as error:
+                errors[row] = str(error)
+            else:
+                encoded[row] = ids
+        return encoded, errors
 
     def _column(self, batch: dict[str, np.ndarray], name: str) -> np.ndarray:
         if name not in batch:
@@ -130,6 +151,7 @@ def deployment(
     num_cpus: float = 1,
     num_gpus: float = 0,
     warm_state: str | Path | None = None,
+    share_every: float = 60.0,
     **options: Any,
 ) -> Application:
     """The server of `specdec serve` as a Ray Serve application: `ray.serve.run(specdec.ray.deployment(...))`.
@@ -139,13 +161,16 @@ def deployment(
         name, limits, api_key: as in specdec.serve.app.make_app; the key travels to the replicas with the application.
         num_replicas: engines; Ray Serve spreads the requests.
         num_cpus, num_gpus: of each replica.
-        warm_state: file whose state a replica starts with, see Engine.share_state.
+        warm_state, share_every: file that the replicas of a node share, and seconds between two looks at it, as in make_app.
         options: of `Engine`, and `dtype`.
 
     Raises:
         ImportError: ray[serve] or specdec[serve] is not installed.
     """
-    from ray import serve
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise ImportError("specdec.ray.deployment needs ray[serve]; fix: pip install 'specdec[ray,serve]'") from error
 
     from specdec.serve.app import Limits, make_app
 
@@ -153,10 +178,8 @@ def deployment(
 
     def build() -> Any:
         """Runs in the replica."""
-        engine = _engine(model, **options)
-        if warm_state is not None:
-            engine.share_state(warm_state)
-        return make_app(engine, name or str(model or "embedded").rstrip("/").rsplit("/", 1)[-1], limits, api_key)
+        engine, served = _engine(model, **options), name or str(model or "embedded").rstrip("/").rsplit("/", 1)[-1]
+        return make_app(engine, served, limits, api_key, warm_state=warm_state, share_every=share_every)
 
     replica = serve.deployment(
         serve.ingress(build)(),
@@ -178,10 +201,14 @@ def reason_all(
     num_cpus: float = 1,
     num_gpus: float = 0,
     max_retries: int = 3,
+    warm_state: str | Path | None = None,
     engine_options: dict[str, Any] | None = None,
     **options: Any,
-) -> Iterator[tuple[int, ReasonResult | GenerationError]]:
+) -> Iterator[tuple[int, ReasonResult | GenerationError | RayError]]:
     """`specdec.reason_all` with a Ray task a problem; yields (place, result) as they end. Their `resume` is not there.
+
+    What a task raised (a bad option, a checkpoint of another search) or why it could not end (its worker died too often) comes in the
+    place of its result, and the others go on. Tasks that still run when nobody asks for results any more are cancelled.
 
     A worker's process keeps its engine from task to task. A task whose worker died is tried again and goes on from its checkpoint;
     the result is that of a search that was never interrupted, for a search depends on its place and seed alone.
@@ -192,36 +219,50 @@ def reason_all(
         checkpoints: folder that all workers see, for a file a problem; files that are there are resumed. None: a retry begins anew.
         num_cpus, num_gpus: of each task.
         max_retries: of a task whose worker died.
+        warm_state: file that the workers of a node share before and after every search, see Engine.share_state.
         engine_options: of `Engine`, and `dtype`.
         options: of specdec.reason_all (evaluator, policy, seed, temperature, ...), which can be pickled.
-
-    Raises:
-        ValueError: a bad option or a checkpoint of another search, as Ray's RayTaskError.
     """
     folder = None if checkpoints is None else Path(checkpoints).resolve()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     task = ray.remote(_reason).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=max_retries)
     recipe = ray.cloudpickle.dumps(partial(_engine, model, **(engine_options or {})))
-    running = [
-        task.remote(recipe, place, problem, budget, None if folder is None else folder / f"{place}.json", options)
+    state = None if warm_state is None else Path(warm_state).resolve()
+    running = {
+        task.remote(recipe, place, problem, budget, None if folder is None else folder / f"{place}.json", state, options): place
         for place, problem in enumerate(problems)
-    ]
-    while running:
-        (ended,), running = ray.wait(running)
-        place, result, failure = ray.get(ended)
-        yield place, result if failure is None else GenerationError(failure, result)
+    }
+    try:
+        while running:
+            (ended,), _ = ray.wait(list(running))
+            yield running.pop(ended), _result_of(ended)
+    finally:
+        for task_left in running:
+            ray.cancel(task_left)
+
+
+def _result_of(ended: Any) -> ReasonResult | GenerationError | RayError:
+    try:
+        result, failure = ray.get(ended)
+    except RayError as error:
+        return error
+    return result if failure is None else GenerationError(failure, result)
 
 
 def _reason(
-    recipe: bytes, place: int, problem: str, budget: int, checkpoint: Path | None, options: dict[str, Any]
-) -> tuple[int, ReasonResult, str | None]:
-    """One search, in a worker: (place, result, why it failed). A GenerationError itself does not pickle."""
-    files = None if checkpoint is None else [checkpoint]
-    ((_, found),) = reason_here(_kept_engine(recipe), [problem], budget, checkpoints=files, places=[place], **options)
+    recipe: bytes, place: int, problem: str, budget: int, checkpoint: Path | None, state: Path | None, options: dict[str, Any]
+) -> tuple[ReasonResult, str | None]:
+    """One search, in a worker: result, why it failed. A GenerationError itself does not pickle."""
+    files, engine = None if checkpoint is None else [checkpoint], _kept_engine(recipe)
+    if state is not None:
+        engine.share_state(state)
+    ((_, found),) = reason_here(engine, [problem], budget, checkpoints=files, places=[place], **options)
+    if state is not None:
+        engine.share_state(state)
     result, failure = (found.result, str(found)) if isinstance(found, GenerationError) else (found, None)
     assert isinstance(result, ReasonResult)
-    return place, replace(result, _go_on=None), failure  # what goes on holds the engine
+    return replace(result, _go_on=None), failure  # what goes on holds the engine
 
 
 @lru_cache(maxsize=1)
@@ -235,8 +276,12 @@ def _engine(model: Model, dtype: str | None = None, **options: Any) -> Engine:
     """An engine on the resources that Ray assigned to this worker; outside of Ray, on those of the process.
 
     Raises:
-        ValueError: a model without a tokenizer, or a bad option.
+        ValueError: a model without a tokenizer, a dtype for a model that is made elsewhere, or a bad option.
     """
+    if callable(model) and dtype is not None:
+        raise ValueError(
+            f"dtype is for models that are loaded here, got {dtype!r} beside a callable; fix: let it make one of that dtype"
+        )
     device = None
     if ray.is_initialized() and (context := ray.get_runtime_context()).worker.mode == ray.WORKER_MODE:
         assigned = context.get_assigned_resources()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,6 +25,7 @@ from specdec.serve.app import Limits, make_app
 from specdec.serve.mailbox import Mailbox
 from specdec.serve.protocol import ChatRequest, CompletionRequest, Message, ReasonRequest
 from specdec.serve.scheduler import Ended, Failed, Job, Overloaded, Piece, Scheduler
+from specdec.state import load_state
 
 MODEL = "tiny"
 PROMPT = "abcabcabc"
@@ -701,6 +703,62 @@ def test_the_queue_is_bounded(scheduler: Scheduler) -> None:
         scheduler.submit(Listener(scheduler, "abc", SHORT).job)
     assert 1 <= refused.value.retry_after <= 60
     scheduler.start()  # else closing has nobody to end them
+
+
+def make_learner() -> specdec.Engine:
+    """Its drafts can be merged with what others learned."""
+    return specdec.Engine(make_tiny_llama(), make_tiny_tokenizer(), method="best_first", budget=6)
+
+
+@contextlib.asynccontextmanager
+async def sharing(engine: specdec.Engine, path: Path, share_every: float) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server with a warm state."""
+    app = make_app(engine, MODEL, warm_state=path, share_every=share_every)
+    transport = httpx.ASGITransport(app=app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("share_every", [0.02, 1000.0])
+def test_the_warm_state_is_shared_now_and_then_and_at_the_end(tmp_path: Path, share_every: float) -> None:
+    engine, path = make_learner(), tmp_path / "warm"
+
+    def learned() -> int:
+        return len(load_state(path, "best_first", engine.target.vocab_size)["shared.tokens"])
+
+    async def main() -> None:
+        async with sharing(engine, path, share_every) as client:
+            assert learned() == 0
+            assert (await client.post("/v1/completions", json=BASE)).status_code == 200
+            if share_every < 1:
+                await until(lambda: learned() > 0)
+            assert (learned() > 0) == (share_every < 1)
+        assert learned() > 0
+
+    asyncio.run(main())
+
+
+def test_a_warm_state_that_cannot_be_shared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the start it is refused; later the server goes on and says so."""
+    engine, path = make_learner(), tmp_path / "warm"
+    path.write_text("nonsense")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        make_app(engine, MODEL, warm_state=path)
+    path.unlink()
+    with pytest.raises(ValueError, match="share_every must be > 0"):
+        make_app(engine, MODEL, warm_state=path, share_every=0)
+
+    async def main() -> None:
+        async with sharing(engine, path, 0.02) as client:
+            path.write_text("nonsense")
+            for _ in range(2):
+                assert (await client.post("/v1/completions", json=BASE)).status_code == 200
+                await until(lambda: "the warm state was not shared" in caplog.text)
+
+    asyncio.run(main())
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ import pytest
 import specdec
 from bench import serve_load
 from conftest import make_tiny_llama, make_tiny_tokenizer
+from specdec.search.policies import POLICIES
 from specdec.sequence import SamplingParams
+from specdec.state import load_state
 
 pytestmark = pytest.mark.slow
 KEY = "secret"
@@ -53,13 +55,19 @@ class Server:
 
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.url}/metrics", headers=HEADERS, timeout=30).text
-        return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
 
     def until_idle(self) -> None:
         deadline = time.monotonic() + 20
         while self.metric("specdec_rows_running") + self.metric("specdec_rows_waiting"):
             assert time.monotonic() < deadline, "rows are still in use"
             time.sleep(0.05)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()  # which does nothing if it has ended
 
     def stop(self) -> int:
         if self.process.poll() is None:
@@ -136,6 +144,55 @@ def test_the_openai_client(client: openai.OpenAI, reference: specdec.Engine) -> 
     )
 
 
+def test_the_openai_client_samples_stops_and_leaves(server: Server, client: openai.OpenAI, reference: specdec.Engine) -> None:
+    messages = [{"role": "user", "content": "abc"}]
+    params = SamplingParams(max_new_tokens=30, temperature=0.9, top_p=0.95, seed=11)
+    said = reference.generate(messages, params).text
+    asked = {"model": "tiny", "messages": messages, "max_tokens": 30, "temperature": 0.9, "top_p": 0.95, "seed": 11}
+    assert client.chat.completions.create(**asked).choices[0].message.content == said
+    stop = said[5:7]
+    choice = client.chat.completions.create(**asked, stop=[stop]).choices[0]
+    expected = reference.generate(messages, replace(params, stop_strings=(stop,)))
+    assert choice.message.content == expected.text == said[: said.index(stop)] and choice.finish_reason == "stop"
+    before = server.metric("specdec_completion_tokens_total")
+    long = {**long_request(), "n": 8}
+    stream = client.completions.create(
+        **{name: value for name, value in long.items() if name != "ignore_eos"}, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    server.until_idle()
+    assert server.metric("specdec_completion_tokens_total") == before, "it was generated to its end"
+
+
+def test_the_openai_client_is_refused_and_times_out(
+    server: Server, client: openai.OpenAI, tiny_folder: str, tmp_path: Path
+) -> None:
+    """429 while others hold all rows and the whole queue; 504, or an error in the stream, after --timeout. What such a server's
+    drafts learned is in its warm state once it has ended."""
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 1900, "seed": 0, "extra_body": {"ignore_eos": True}}
+    holders = [client.completions.create(**asked, n=54, stream=True) for _ in range(2)]  # 8 rows and 100 that wait
+    with pytest.raises(openai.RateLimitError, match="try again in") as refused:
+        client.completions.create(**asked)
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+    for holder in holders:
+        holder.close()
+    server.until_idle()
+
+    warm = tmp_path / "warm"
+    asked["n"] = 16  # in one row: long
+    with Server(tiny_folder, "--timeout", "3", "--max-rows", "1", "--warm-state", str(warm), "--method", "best_first") as short:
+        late = openai.OpenAI(api_key=KEY, base_url=f"{short.url}/v1", max_retries=0, timeout=60)
+        with pytest.raises(openai.InternalServerError, match="longer than the server allows") as ended:
+            late.completions.create(**asked)
+        assert ended.value.status_code == 504
+        with pytest.raises(openai.APIError, match="longer than the server allows"):
+            list(late.completions.create(**asked, stream=True))
+        assert late.completions.create(model="tiny", prompt="abc", max_tokens=1).choices[0].finish_reason == "length"
+        assert short.stop() in ENDED
+        assert len(load_state(warm, "best_first", make_tiny_llama().config.vocab_size)["shared.tokens"]) > 0
+
+
 def test_the_openai_client_gets_openai_errors(server: Server, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="other", prompt="abc")
@@ -145,26 +202,47 @@ def test_the_openai_client_gets_openai_errors(server: Server, client: openai.Ope
         openai.OpenAI(api_key="wrong", base_url=f"{server.url}/v1", max_retries=0).models.list()
 
 
+def curl(server: Server, path: str, body: dict[str, Any], *options: str) -> list[str]:
+    """The command."""
+    headers = ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
+    return ["curl", "-sSN", f"{server.url}{path}", *headers, *options, "-d", json.dumps(body)]
+
+
+def said_by(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 def test_curl(server: Server, reference: specdec.Engine) -> None:
     request = request_of(3)
-    command = [
-        "curl",
-        "-sSN",
-        f"{server.url}/v1/completions",
-        "-H",
-        f"Authorization: Bearer {KEY}",
-        "-H",
-        "Content-Type: application/json",
-    ]
-    whole = subprocess.run([*command, "-d", json.dumps(request)], capture_output=True, text=True, timeout=60, check=True).stdout
-    assert json.loads(whole)["choices"][0]["text"] == answer_to(reference, request)
-    streamed = subprocess.run(
-        [*command, "-d", json.dumps({**request, "stream": True})], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
-    *chunks, done = [line.removeprefix("data: ") for line in streamed.splitlines() if line]
-    assert done == "[DONE]" and "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks) == answer_to(
-        reference, request
-    )
+    whole = json.loads(said_by(curl(server, "/v1/completions", request)))
+    assert whole["choices"][0]["text"] == answer_to(reference, request)
+    streamed = said_by(curl(server, "/v1/completions", {**request, "stream": True}))
+    *chunks, done = [json.loads(line) if line != "[DONE]" else line for line in map(_data, streamed.splitlines()) if line]
+    assert done == "[DONE]" and "".join(chunk["choices"][0]["text"] for chunk in chunks) == answer_to(reference, request)
+
+    messages = [{"role": "user", "content": "abc"}]
+    chat = {"model": "tiny", "messages": messages, "max_tokens": 20, "temperature": 0.8, "seed": 4}
+    answer = json.loads(said_by(curl(server, "/v1/chat/completions", chat)))
+    expected = reference.generate(messages, SamplingParams(max_new_tokens=20, temperature=0.8, seed=4))
+    assert answer["choices"][0]["message"]["content"] == expected.text
+
+    refused = said_by(curl(server, "/v1/completions", {**request, "temperature": -1}, "-w", "\n%{http_code}")).splitlines()
+    error = json.loads(refused[0])["error"]
+    assert refused[1] == "400" and error["param"] == "temperature" and error["type"] == "invalid_request_error"
+
+
+def _data(line: str) -> str:
+    return line.removeprefix("data: ")
+
+
+def test_curl_killed_in_mid_stream_frees_its_rows(server: Server) -> None:
+    before = server.metric("specdec_completion_tokens_total")
+    with subprocess.Popen(curl(server, "/v1/completions", {**long_request(), "n": 8}), stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline().startswith(b"data: ")
+        assert server.metric("specdec_rows_running") == 8
+        process.kill()
+    server.until_idle()
+    assert server.metric("specdec_completion_tokens_total") == before, "it was generated to its end"
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -207,13 +285,17 @@ def test_load(server: Server, reference: specdec.Engine) -> None:
     load = serve_load.run(server.url, "tiny", 2000, 64, HEADERS, lambda index, text: text == expected[index], server.process.pid)
     print("\n", load.summary())
     assert load.statuses == [200] * 2000 and not load.wrong
+    told = load.summary()
+    assert (told["ok"], told["refused"], told["failed"]) == (2000, 0, 0) and told["p50_ms"] <= told["p99_ms"] <= told["p100_ms"]
     assert load.memory[-1] < load.memory[1] + 16, "memory grows"
 
 
 def test_load_sees_what_is_mixed_up(server: Server) -> None:
     load = serve_load.run(server.url, "tiny", 8, 4, HEADERS, lambda index, text: index != 5, None)
     assert load.wrong == [5] and load.summary()["ok"] == 8
-    assert serve_load.run(server.url, "tiny", 8, 4, {}, lambda index, text: True, None).statuses == [401] * 8
+    refused = serve_load.run(server.url, "tiny", 8, 4, {}, lambda index, text: True, None)
+    assert refused.statuses == [401] * 8 and refused.summary()["failed"] == 8 and refused.summary()["p99_ms"] is None
+    json.dumps(refused.summary(), allow_nan=False)
 
 
 def test_overload(server: Server) -> None:
@@ -229,23 +311,41 @@ def test_overload(server: Server) -> None:
     assert all(answer.status_code in (200, 429) for answer in answers)
 
 
-def test_schemathesis(server: Server, tmp_path: Path) -> None:
-    """Fuzzed by its own description: no 500, and every answer is as described."""
-    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    command = [
-        sys.executable,
-        "-m",
-        "schemathesis.cli",
-        "run",
-        f"{server.url}/openapi.json",
-        "-H",
-        f"Authorization: Bearer {KEY}",
-    ]
-    run = subprocess.run(
-        [*command, "--checks", checks, "--max-examples", "40", "--seed", "1", "--request-timeout", "30"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+def _narrowed(description: dict[str, Any]) -> dict[str, Any]:
+    """The server's own description with fewer values, so that most of what is made of it reaches the engine and soon ends."""
+    schemas = description["components"]["schemas"]
+    search = schemas["ReasonRequest"]["properties"]
+    schemas["ReasonRequest"]["required"].append("budget")  # left out, it is 2000
+    search["budget"]["maximum"] = 60
+    search["problem"] = {"type": "string", "minLength": 1}
+    search["policy"]["enum"] = [*POLICIES, "other"]
+    search["step"]["enum"] = ["steps", "newline", "tokens:3", "tokens:0", "other"]
+    for body in ("CompletionRequest", "ChatRequest"):  # below, scores overflow and log-probabilities are NaN: 500
+        for name in ("temperature", "repetition_penalty"):
+            number = schemas[body]["properties"][name]["anyOf"][0]
+            number.pop("exclusiveMinimum", None)
+            number["minimum"] = 0.01
+    return description
+
+
+def test_schemathesis(tiny_folder: str, tmp_path: Path) -> None:
+    """Fuzzed by its own description: no 500, and every answer is as described. Some of what is made must be answered: were it all
+    refused at the door (for its `model`, once), nothing behind it would have been tried."""
+    with Server(tiny_folder, "--max-rows", "4", "--max-tokens", "24", "--max-budget", "60", "--timeout", "20") as server:
+        checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+        (tmp_path / "openapi.json").write_text(
+            json.dumps(_narrowed(httpx.get(f"{server.url}/openapi.json", headers=HEADERS).json()))
+        )
+        run = subprocess.run(
+            [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", server.url, "-H", f"Authorization: Bearer {KEY}",
+             "--checks", checks, "--max-examples", "40", "--seed", "1", "--request-timeout", "30"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        for path in ("/v1/completions", "/v1/chat/completions", "/v1/reason"):
+            assert server.metric(f'specdec_http_answers_total{{path="{path}",status="200"}}') >= 10
+        server.until_idle()
+        assert server.stop() in ENDED
 
 
 def test_sigterm_drains_and_a_restart_serves(tiny_folder: str, reference: specdec.Engine) -> None:

@@ -11,16 +11,21 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import Message, Receive, Scope, Send
+
+try:
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException as StarletteHTTPException
+    from starlette.types import Message, Receive, Scope, Send
+except ModuleNotFoundError as error:
+    raise ImportError(f"specdec.serve.app needs {error.name}; fix: pip install 'specdec[serve]'") from error
 
 import specdec
 from specdec.engine import Engine
@@ -33,6 +38,7 @@ from specdec.serve.metrics import Metrics
 from specdec.serve.protocol import ApiError, ChatRequest, CompletionRequest, ErrorAnswer, ReasonRequest, error_body
 from specdec.serve.scheduler import Closed, Ended, Failed, Job, Overloaded, Piece, Scheduler
 from specdec.serve.searches import Searches, Step
+from specdec.serve.warm_state import WarmState
 
 __all__ = ["Limits", "make_app"]
 
@@ -82,7 +88,15 @@ class Limits:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
 
 
-def make_app(engine: Engine, name: str = "", limits: Limits | None = None, api_key: str | None = None) -> FastAPI:
+def make_app(
+    engine: Engine,
+    name: str = "",
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    *,
+    warm_state: str | Path | None = None,
+    share_every: float = 60.0,
+) -> FastAPI:
     """The server, as an ASGI application; its lifespan starts and stops the thread that owns the engine.
 
     Args:
@@ -90,22 +104,27 @@ def make_app(engine: Engine, name: str = "", limits: Limits | None = None, api_k
         name: of the model in requests; "": the model's own.
         limits: of requests.
         api_key: None: everybody may ask.
+        warm_state: file that the servers of a machine share, see WarmState.
+        share_every: seconds between two looks at it.
 
     Raises:
-        ValueError: no tokenizer, bad limits, or an empty key.
+        ValueError: no tokenizer, bad limits, an empty key, or a warm state of another method or vocabulary.
+        OSError: the warm state cannot be read or written.
     """
     limits = limits or Limits()
     scheduler = Scheduler(engine, limits.waiting)
     server = _Server(engine, name or engine.target.name, limits, scheduler, Metrics(scheduler))
+    warm = contextlib.nullcontext if warm_state is None else WarmState(scheduler, warm_state, share_every).shared
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        scheduler.start()
-        try:
-            yield
-        finally:
-            await run_in_threadpool(scheduler.close)
-            await run_in_threadpool(server.searches.close)
+        async with warm():
+            scheduler.start()
+            try:
+                yield
+            finally:
+                await run_in_threadpool(scheduler.close)
+                await run_in_threadpool(server.searches.close)
 
     app = FastAPI(title="specdec", version=specdec.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, api_key=api_key, most=limits.body, metrics=server.metrics)
@@ -114,7 +133,15 @@ def make_app(engine: Engine, name: str = "", limits: Limits | None = None, api_k
     app.add_exception_handler(Exception, _internal_error)
     app.state.scheduler = scheduler
     _add_routes(app, server)
+    _name_the_model(app, server.name)
     return app
+
+
+def _name_the_model(app: FastAPI, name: str) -> None:
+    """The description says which model there is: whoever makes requests from it, a client or a fuzzer, gets past the name."""
+    schemas = app.openapi()["components"]["schemas"]  # which app keeps
+    for body in (CompletionRequest, ChatRequest, ReasonRequest):
+        schemas[body.__name__]["properties"]["model"]["enum"] = [name]
 
 
 def _add_routes(app: FastAPI, server: _Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -53,6 +54,10 @@ def serve(
     max_connections: Annotated[int, typer.Option(min=1, help="connections at once; more get 503")] = 1000,
     stall: Annotated[float, typer.Option(min=0.001, help="seconds that a client may leave its stream unread")] = 30.0,
     timeout: Annotated[float, typer.Option(min=0.001, help="seconds that a request may take, waiting included")] = 600.0,
+    warm_state: Annotated[
+        Path | None, typer.Option(help="file in which the servers of this machine share what their drafts learn")
+    ] = None,
+    share_every: Annotated[float, typer.Option(min=0.001, help="seconds between two looks at it")] = 60.0,
     drain: Annotated[int, typer.Option(min=0, help="seconds that running requests have after SIGTERM")] = 30,
     proxy: Annotated[
         str | None, typer.Option(help="addresses (* for any) whose X-Forwarded-For names the client; default: nobody's does")
@@ -73,7 +78,7 @@ def serve(
         )  # fmt: skip
         engine = load_engine(model, dtype, method, budget, drafter, compile, max_rows)
         served = name or (model or "embedded").rstrip("/").rsplit("/", 1)[-1]
-        app = make_app(engine, served, limits, api_key)
+        app = make_app(engine, served, limits, api_key, warm_state=warm_state, share_every=share_every)
         console.print(f"serving {served}", highlight=False)
         Listener(app, host, port, drain, max_connections, stall, proxy).run()
 
