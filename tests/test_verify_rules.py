@@ -506,3 +506,15 @@ def test_the_target_overflows_loudly() -> None:
     tree, seq = small(), make_sequence()
     with pytest.raises(FloatingPointError, match="nan"):
         RULES["kseq"](tree, Law(torch.full((4, 3), torch.nan), tree, seq), seq.randomness)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "match"])
+@pytest.mark.parametrize("row", [(0.5, 0.5, np.nan), (0.5, 0.5, np.inf), (1.0, 0.5, -0.5)])
+def test_probs_that_are_no_law_are_refused(rule: str, row: tuple[float, ...]) -> None:
+    """A NaN beside the drawn token once made every coin of the node land on accept."""
+    chain = DraftTree(
+        np.array([0, 1]), np.array([-1, 0]), kind=np.array([DET, IID], np.uint8), probs=np.tile(np.float32(row), (2, 1))
+    )  # fmt: skip
+    seq = make_sequence()
+    with pytest.raises(ValueError, match="probs of node 0 must be finite and >= 0, got .*; fix: record"):
+        RULES[rule](chain, make_law(chain, Fixed(0.2, 0.3, 0.5), seq), seq.randomness)
