@@ -266,11 +266,19 @@ class Engine:
         self.waiting.append(seq)
 
     def new_sequence(self, token_ids: list[int], params: SamplingParams, randomness: Randomness, **fields: Any) -> Sequence:
-        """A validated Sequence with a fresh id. `fields` as in Sequence (pad_ids, processor, stop_check, eos_token_ids, record)."""
+        """A validated Sequence with a fresh id. `fields` as in Sequence (pad_ids, processor, stop_check, eos_token_ids, record).
+
+        Drafts that depend on earlier requests, which may have had the same seed, are tested with coins that those did not have:
+        the law of every text stays the model's, whatever was learned, and the seed alone does not fix it (verification.md 4.5).
+        The noise of `match` may be reused.
+        """
         self._check_prompt(token_ids, params)
         if self.rule in UNVISITED:
             _refuse_state(self.rule, fields.get("processor"))
-        return Sequence(next(self._ids), token_ids, params, randomness, **fields)
+        number = next(self._ids)
+        if self.rule != "match" and getattr(self.builder, "remembers", True):
+            randomness = randomness.apart(number)
+        return Sequence(number, token_ids, params, randomness, **fields)
 
     def cancel(self, seq: Sequence) -> None:
         """Stop a sequence, wherever it is, and free its row."""

@@ -102,11 +102,11 @@ def _drafted(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
     return DraftedTree(draft_model, costs=costs)
 
 
-def _spine() -> Chain:
+def _spine(**options: int) -> Chain:
     from specdec.sources.suffix_automaton import SuffixSource
     from specdec.trees.chain import Chain
 
-    return Chain(SuffixSource())
+    return Chain(SuffixSource(**options))
 
 
 def _spine_and_drafter(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
@@ -119,7 +119,10 @@ def _sampled(draw: str, rule: str, branching: tuple[int, ...] = (2, 1)) -> Calla
     def make(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
         from specdec.trees.sampled import SampledTree
 
-        return SampledTree(draft_model, draw, rule, branching, costs=costs, spine=_spine() if draw == "hybrid" else None)
+        # The spine reads the request's own text alone: what an earlier one wrote with the same seed came from the very coins that
+        # these drafts are tested with (verification.md 4.5), and a seed would not fix the text.
+        spine = _spine(share_every=0) if draw == "hybrid" else None
+        return SampledTree(draft_model, draw, rule, branching, costs=costs, spine=spine)
 
     return make
 

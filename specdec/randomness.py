@@ -5,7 +5,8 @@ Two domains that never overlap (verification.md 4.5):
 * `gumbel`, `gumbel_at`, `choose`: noise keyed (seed, stream, absolute position, token), for `match` and its drafter only. A token
   drawn as argmax(scores + noise) has the law softmax(scores) (Gumbel-max), and re-reading a position gives the same noise, so
   the text is that of plain sampling with this noise, whatever was drafted.
-* `coin`, `pick`: keyed (seed, stream, step, node, draw index, purpose), for every other rule. A key must never be used twice.
+* `coin`, `pick`: keyed (seed, stream, step, node, draw index, purpose), for every other rule. A key must never be used twice, nor
+  by two requests of which one may influence the other: where it may, `apart` gives each request coins of its own.
 
 `stream` separates what must be independent under one seed: prompts, their samples, the branches of a search, retries.
 
@@ -17,6 +18,7 @@ machine, with numba or without.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -126,7 +128,14 @@ class Randomness:
     def __init__(self, seed: int, stream: tuple[int, ...] | int = ()) -> None:
         self.seed = int(seed)
         self.stream = (int(stream),) if isinstance(stream, int) else tuple(int(part) for part in stream)
+        self.coin_stream: tuple[int | str, ...] = self.stream
         self._all_tokens = np.empty(0, np.uint64)
+
+    def apart(self, request: int) -> Randomness:
+        """The same noise, and the coins and picks of this request alone, whoever else has its seed and stream."""
+        own = copy.copy(self)
+        own.coin_stream = (*self.stream, "request", int(request))
+        return own
 
     def __repr__(self) -> str:
         return f"Randomness(seed={self.seed}, stream={self.stream})"
@@ -179,4 +188,4 @@ class Randomness:
 
     def _uniform(self, *key: int | str) -> float:
         """A multiple of 2^-53 in [0, 1)."""
-        return (_hash(_COIN_DOMAIN, self.seed, *self.stream, *key) >> 11) * 2.0**-53
+        return (_hash(_COIN_DOMAIN, self.seed, *self.coin_stream, *key) >> 11) * 2.0**-53

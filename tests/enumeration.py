@@ -69,10 +69,10 @@ class EnumeratingRandomness(Randomness):
         return self.chance.draw(("gumbel", self.seed, self.stream, position), torch.softmax(scores.double(), -1).numpy())
 
     def coin(self, p: float, *key: int | str) -> bool:
-        return self.chance.draw(("coin", self.seed, self.stream, key), np.array([p, 1 - p])) == 0
+        return self.chance.draw(("coin", self.seed, self.coin_stream, key), np.array([p, 1 - p])) == 0
 
     def pick(self, weights: torch.Tensor | np.ndarray, *key: int | str) -> int:
-        return self.chance.draw(("coin", self.seed, self.stream, key), np.asarray(weights, np.float64))
+        return self.chance.draw(("coin", self.seed, self.coin_stream, key), np.asarray(weights, np.float64))
 
     def gumbel(self, *args: object, **kwargs: object) -> torch.Tensor:
         raise NotImplementedError("raw noise has no finite set of outcomes: draw with choose()")

@@ -16,7 +16,7 @@ from specdec import DRAFTER_METHODS, Engine, SamplingParams, accelerate
 from specdec.cost_model import CostModel
 from specdec.draft_tree import DraftTree, Source
 from specdec.sources.draft_model import DraftModel, check_tokenizers, first_layers
-from specdec.sources.suffix_automaton import SuffixSource
+from specdec.sources.suffix_automaton import SEPARATOR, SuffixSource
 from specdec.target import TargetModel
 from specdec.trees.by_model import Costs
 from specdec.trees.chain import Chain
@@ -157,6 +157,23 @@ def test_a_text_longer_than_the_drafters_context(sharp: Any) -> None:
     same_as_plain(engine, sharp, GREEDY)
 
 
+def test_other_rows_draft_beside_a_text_longer_than_the_drafters_context(sharp: Any) -> None:
+    """Rows 0, 2 and 3 do, row 1 is longer; it once kept the whole batch from drafting."""
+    drafter = perturbed(sharp, 0.0)
+    drafter.config.max_position_embeddings = 50
+    prompts = [PROMPTS[0], PROMPTS[3], PROMPTS[1], PROMPTS[2]]
+    engine, builder = drafted(sharp, drafter)
+    with engine._running(engine._sequences(prompts, [GREEDY] * 4)):
+        engine._admit()
+        trees = builder.build(engine.rows, [8] * 4, [4] * 4)
+        assert [len(tree) for tree in trees] == [8, 1, 8, 8]
+        assert [int(tree.tokens[0]) for tree in trees] == [prompt[-1] for prompt in prompts]
+    plain = Engine(sharp, method="none").generate(prompts, GREEDY)
+    found = engine.generate(prompts, GREEDY)
+    assert [result.token_ids for result in found] == [result.token_ids for result in plain]
+    assert found[1].steps == 40 and all(found[row].steps < 20 for row in (0, 2, 3))
+
+
 @pytest.mark.parametrize("method", DRAFTER_METHODS)
 @pytest.mark.parametrize("layers", [1, 2])
 def test_early_exit(method: str, layers: int) -> None:
@@ -231,6 +248,13 @@ def test_a_spine_changes_no_text(sharp: Any, noise: float, params: SamplingParam
     assert builder.model._owners == [] and builder._match == {}
     if noise == 0.0:
         assert sum(len(result.token_ids) for result in found) > 3 * sum(result.steps for result in found)
+
+
+def test_a_spine_has_read_the_last_step_of_a_request(sharp: Any) -> None:
+    engine, builder = with_spine(sharp, perturbed(sharp, 0.0))
+    text = engine.generate(PROMPTS[0], GREEDY).token_ids
+    assert builder.spine is not None and isinstance(builder.spine.source, SuffixSource)
+    assert builder.spine.source._shared.text.tolist() == [*text, SEPARATOR]
 
 
 def test_the_drafter_reads_the_spine_in_its_first_forward(sharp: Any) -> None:

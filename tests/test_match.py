@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 from enumeration import Chance, EnumeratingRandomness, direct_law, distance, exact_law, speculate
 from oracles import KeyedGumbel, greedy_loop, next_scores, sample_loop
+from power import biased, excess
 from specdec.draft_tree import ROOT, DraftTree, Verdict
 from specdec.randomness import Randomness, stream_of
 from specdec.sampling import Law, build_processor
@@ -236,31 +237,61 @@ def test_control_wrong_rules_fail(wrong) -> None:
 # ---- real noise -------------------------------------------------------------------------------------------------------------
 
 
-def chi_square_excess(counts: Counter, law: dict, trials: int) -> float:
-    """Pearson's statistic over the threshold df + 10 sqrt(2 df); cells that expect fewer than 5 are merged."""
-    cells = [(counts[key], trials * p) for key, p in law.items() if trials * p >= 5]
-    rest = trials * sum(p for p in law.values() if trials * p < 5)
-    if rest > 0:
-        cells.append((trials - sum(seen for seen, _ in cells), max(rest, 1.0)))
-    df = len(cells) - 1
-    return sum((seen - expected) ** 2 / expected for seen, expected in cells) / (df + 10 * (2 * df) ** 0.5)
-
-
-def real_counts(target: ToyTarget, trials: int, reuse: int = 1) -> Counter:
+def real_counts(target, trials: int, reuse: int = 1) -> Counter:
     counts: Counter = Counter()
     params = SamplingParams(temperature=1.0, max_new_tokens=2)
     for trial in range(trials):
         seq = Sequence(0, [0, 1], params, Randomness(3, stream_of(0, trial // reuse)))
-        drafts = Adversary(target.vocab_size)
+        drafts = Adversary(3)
         counts[tuple(speculate(target, match, drafts.build, drafts.learn, seq).output_ids)] += 1
     return counts
+
+
+def joint_excess(counts: Counter, law: dict[tuple[int, ...], float]) -> float:
+    return excess(np.array([counts[text] for text in law]), np.array(list(law.values())))
 
 
 def test_chi_square_of_joint_with_gumbel_noise() -> None:
     target, trials = ToyTarget(3, seed=5), 1000
     direct = direct_law(target, [0, 1], 2)
-    assert chi_square_excess(real_counts(target, trials), direct, trials) < 1
-    assert chi_square_excess(real_counts(target, trials, reuse=100), direct, trials) > 1  # control: streams used 100 times
+    assert joint_excess(real_counts(target, trials), direct) < 1
+    assert joint_excess(real_counts(target, trials, reuse=100), direct) > 1  # control: streams used 100 times
+
+
+def biased_logits(logits: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(biased(torch.softmax(logits.double(), -1).numpy())).log()
+
+
+@pytest.mark.slow
+def test_chi_square_of_joint_sees_a_bias_of_2_percent() -> None:
+    target, trials = ToyTarget(3, seed=5), 60_000
+    direct = direct_law(target, [0, 1], 2)
+    assert joint_excess(real_counts(target, trials), direct) < 1
+
+    def wrong(ids: list[int]) -> torch.Tensor:
+        return biased_logits(target(ids)) if len(ids) == 2 else target(ids)
+
+    assert joint_excess(real_counts(wrong, trials), direct) > 1
+
+
+@pytest.mark.slow
+def test_chi_square_of_one_token_sees_a_bias_of_2_percent() -> None:
+    """verification.md 7, T3: V = 16 and 2e5 trials, the four most probable tokens drafted."""
+    logits = 1.5 * torch.randn(16, generator=torch.Generator().manual_seed(2))
+    law = torch.softmax(logits.double(), -1).numpy()
+    tree = DraftTree.from_paths(1, [[token] for token in np.argsort(-law)[:4].tolist()])
+    params = SamplingParams(temperature=1.0)
+
+    def counts(logits: torch.Tensor) -> np.ndarray:
+        rows, tokens = logits.float().repeat(len(tree), 1), []
+        for trial in range(200_000):
+            seq = Sequence(0, [0, 1], params, Randomness(5, (trial,)))
+            verdict = match(tree, Law(rows, tree, seq), seq.randomness)
+            tokens.append(int(tree.tokens[verdict.nodes[1]]) if len(verdict.nodes) > 1 else verdict.next_token)
+        return np.bincount(tokens, minlength=16)
+
+    assert excess(counts(logits), law) < 1
+    assert excess(counts(biased_logits(logits)), law) > 1
 
 
 # ---- equality with plain decoding -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 
 from enumeration import Chance, EnumeratingRandomness, direct_law, distance, exact_law, speculate
 from oracles_verify import PROMPT, Toy, draft_law, joint_law, make_sequence, step_law
-from specdec import Engine, SamplingParams
+from specdec import DRAFTER_METHODS, Engine, SamplingParams
 from specdec.cost_model import CostModel
 from specdec.draft_tree import DraftTree, Kind, Source
 from specdec.randomness import Randomness
 from specdec.sequence import Sequence
 from specdec.sources.base import Chain as Draft
 from specdec.sources.draft_model import DraftModel, Growth
+from specdec.sources.suffix_automaton import SuffixSource
 from specdec.trees.by_model import Costs
 from specdec.trees.chain import Chain
 from specdec.trees.sampled import SampledTree
@@ -32,7 +34,7 @@ EXACT = 1e-9
 class ToyDrafter:
     """DraftModel's interface over a toy."""
 
-    def __init__(self, toy: Toy) -> None:
+    def __init__(self, toy: Any) -> None:
         self.toy, self.vocab_size, self.reads_guesses, self.reader = toy, toy.vocab_size, True, toy
         self.kept: list[list[int]] = []
 
@@ -199,6 +201,72 @@ def test_law_is_exact_over_steps_that_the_builder_learns_from(draw: str, branchi
     assert len(shapes) > 1
 
 
+def law_of_the_second(make: Callable[[Any], SampledTree], target: Any, drafter: Any, length: int, apart: bool) -> float:
+    """Distance from plain sampling of a request's law, whose builder has served another of the same seed and stream before."""
+
+    def run(chance: Chance) -> tuple[int, ...]:
+        builder, texts = make(ToyDrafter(drafter)), []
+        for number in (1, 2):
+            randomness = EnumeratingRandomness(chance, 7, (0, 0))
+            params = SamplingParams(temperature=1.0, max_new_tokens=length)
+            seq = Sequence(number, [0, 0], params, randomness.apart(number) if apart else randomness)
+            builder.start(seq)
+            speculate(
+                target, RULES[builder.rule], lambda seq: builder.build([seq], [3], [seq.remaining - 1])[0],
+                lambda *seen: builder.update(*seen, None), seq,
+            )  # fmt: skip
+            builder.finish(seq)
+            texts.append(tuple(seq.output_ids))
+        return texts[1]
+
+    return distance(exact_law(run), direct_law(target, [0, 0], length))
+
+
+def production_hybrid(drafter: Any) -> SampledTree:
+    builder = DRAFTER_METHODS["hybrid"].make(drafter, None)
+    assert isinstance(builder, SampledTree)
+    return builder
+
+
+def spine_of_all_requests(drafter: Any) -> SampledTree:
+    return SampledTree(drafter, "hybrid", spine=Chain(SuffixSource(share_every=256)))
+
+
+def trust_of_all_requests(drafter: Any) -> SampledTree:
+    """What the first request has accepted decides whether the second draws a second level."""
+    return timeless(SampledTree(drafter, "without_replacement", branching=(1,), confidence=0.0, costs=costs(0.2125)))
+
+
+def constant(*logits: float) -> Toy:
+    """The same float32 logits after every text."""
+    toy = Toy(len(logits), scale=0.0)
+    toy.table += torch.tensor(logits)
+    return toy
+
+
+SIMILAR = Toy(2, seed=3), Toy(2, seed=53, near=Toy(2, seed=3), quality=0.4), 4
+ALIKE = constant(0.85, 0.0), constant(-0.2, 0.0), 3  # at every level, so that Trust files their tokens together
+
+
+@pytest.mark.parametrize(
+    ("make", "toys", "remembers"),
+    [
+        (production_hybrid, SIMILAR, False),
+        pytest.param(spine_of_all_requests, SIMILAR, True, marks=pytest.mark.slow),
+        (trust_of_all_requests, ALIKE, True),
+    ],
+)
+def test_law_is_exact_after_a_request_with_the_same_seed(make: Any, toys: tuple[Any, Any, int], remembers: bool) -> None:
+    """verification.md 4.5: of an earlier request that had the same coins this one may know nothing; else it gets its own."""
+    assert make(ToyDrafter(toys[1])).remembers == remembers  # this is what the engine goes by
+    assert law_of_the_second(make, *toys, apart=remembers) < EXACT
+
+
+@pytest.mark.parametrize(("make", "toys"), [(spine_of_all_requests, SIMILAR), (trust_of_all_requests, ALIKE)])
+def test_control_what_was_learned_from_the_same_coins_fails(make: Any, toys: tuple[Any, Any, int]) -> None:
+    assert law_of_the_second(make, *toys, apart=False) > 5e-3
+
+
 def test_no_level_is_drawn_that_does_not_pay() -> None:
     drafter: Any = ToyDrafter(Toy(4, seed=4, scale=3.0))
     seq = make_sequence()
@@ -291,6 +359,30 @@ def test_a_seed_fixes_the_text_alone_or_in_a_batch(sharp: Any, draw: str, rule: 
     assert engine.generate(PROMPTS, params)[2].token_ids == batch[2].token_ids
     assert engine.generate(PROMPTS[:1], params)[0].token_ids == batch[0].token_ids
     assert sum(len(result.token_ids) for result in batch) > 1.1 * sum(result.steps for result in batch)  # drafts are accepted
+
+
+@pytest.mark.parametrize(
+    ("method", "with_costs", "own"), [("hybrid", False, False), ("hybrid", True, True), ("draft_model", True, False)]
+)
+def test_requests_have_coins_of_their_own_where_they_learn_from_each_other(
+    sharp: Any, method: str, with_costs: bool, own: bool
+) -> None:
+    """The noise of `match` is the seed's alone in any case."""
+    drafter = DraftModel(sharp, sharp.config.vocab_size)
+    engine = Engine(sharp, method=DRAFTER_METHODS[method].make(drafter, costs() if with_costs else None), budget=12)
+    first, again = (engine.new_sequence([1, 2], GREEDY, Randomness(3, (0, 0))).randomness for _ in range(2))
+    assert torch.equal(first.gumbel(5, 50), again.gumbel(5, 50))
+    coins = [[randomness.pick(np.ones(1000), step, 0, 0, "emit") for step in range(8)] for randomness in (first, again)]
+    assert (coins[0] != coins[1]) == own
+
+
+@pytest.mark.parametrize("method", DRAFTER_METHODS)
+def test_a_seed_fixes_the_text_of_one_method_and_budget(sharp: Any, method: str) -> None:
+    """Whatever the engine wrote before: here the very text, which hybrid's spine once took up."""
+    params = SamplingParams(max_new_tokens=30, temperature=0.8, top_k=8, seed=11)
+    engine = Engine(sharp, method=method, drafter=perturbed(sharp, 0.5), budget=12)
+    texts = [[result.token_ids for result in engine.generate(PROMPTS, params)] for _ in range(3)]
+    assert texts[0] == texts[1] == texts[2]
 
 
 @pytest.mark.parametrize("rule", ["traversal"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -34,16 +35,17 @@ from specdec.randomness import Randomness
 from specdec.sampling import Law
 from specdec.sequence import SamplingParams, Sequence
 from specdec.verify.kseq import smallest_rho
+from specdec.verify.legality import check_pair
 from specdec.verify.optimal_transport import MAX_CLASSES, optimal_value, select_optimally
 from specdec.verify.rules import RULES
-from specdec.verify.step import Step
+from specdec.verify.step import DRAFT, Step
 
 block_module = importlib.import_module("specdec.verify.block")
 transport_module = importlib.import_module("specdec.verify.optimal_transport")
 
 EXACT = 1e-9
 VISIBLE = 5e-3  # the least total variation that a negative control must show
-DET, WOR, IID = Kind.DETERMINISTIC, Kind.WITHOUT_REPLACEMENT, Kind.IID
+DET, WOR, IID, SHARED = Kind.DETERMINISTIC, Kind.WITHOUT_REPLACEMENT, Kind.IID, Kind.SHARED_NOISE
 
 DRAWS = {  # name -> (vocabulary, how grow() draws)
     "chain_iid": (4, {"widths": (1, 1)}),
@@ -118,6 +120,57 @@ def test_illegal_pairs_are_refused(rule: str, draw: str) -> None:
         step_law(RULES[rule], trees, target)
 
 
+TAKES = {  # written down once more, since no rule may take more by mistake
+    "match": {DET, WOR, IID, SHARED},
+    "recursive_rejection": {DET, WOR, IID},
+    "kseq": {DET, IID},
+    "optimal_transport": {DET, IID},
+    "block": {DET, WOR, IID},
+    "traversal": {DET, WOR, IID},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", Kind)
+def test_a_rule_takes_the_kinds_of_its_proof_and_no_other(rule: str, kind: Kind) -> None:
+    chain = DraftTree(
+        np.array([1, 0, 2]), np.array([-1, 0, 1]), kind=np.array([DET, kind, kind], np.uint8),
+        probs=np.full((3, 3), 1 / 3, np.float32),
+    )  # fmt: skip
+    seq = make_sequence()
+    law = make_law(chain, Fixed(0.2, 0.3, 0.5), seq)
+    if kind in TAKES[rule]:
+        check_pair(rule, kind, chain=True)
+        assert len(RULES[rule](chain, law, seq.randomness).nodes) >= 1
+        return
+    with pytest.raises(ValueError, match=f"{rule} is not lossless for {kind.name} nodes; fix: verify them with match"):
+        check_pair(rule, kind, chain=True)
+    with pytest.raises(ValueError, match=f"{rule} is not lossless for {kind.name} nodes, got node 1; fix: verify with match"):
+        RULES[rule](chain, law, seq.randomness)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", Kind)
+def test_block_alone_refuses_trees_that_branch(rule: str, kind: Kind) -> None:
+    if kind in TAKES[rule] and rule != "block":
+        check_pair(rule, kind, chain=False)
+        return
+    with pytest.raises(ValueError, match=f"{rule} .*fix"):
+        check_pair(rule, kind, chain=False)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "match"])
+@pytest.mark.parametrize("kinds", [*product((IID, WOR), repeat=2)])
+def test_siblings_of_two_sampled_kinds_are_refused(rule: str, kinds: tuple[Kind, Kind]) -> None:
+    tree, seq = small(kind=np.array([DET, *kinds, kinds[0]], np.uint8)), make_sequence()
+    law = make_law(tree, Fixed(0.2, 0.3, 0.5), seq)
+    if rule != "block" and len(set(kinds)) == 1 and kinds[0] in TAKES[rule]:
+        assert len(RULES[rule](tree, law, seq.randomness).nodes) >= 1
+        return
+    with pytest.raises(ValueError, match=rf"^{rule}(:| is not lossless| takes a chain)"):
+        RULES[rule](tree, law, seq.randomness)
+
+
 def one_step(rule: str, target, drafter, widths=(2,), **options):
     """The step's law on the draw that suits the rule: a chain for block, without replacement or i.i.d. for the others."""
     kind = IID if rule in ("kseq", "optimal_transport") else WOR
@@ -183,12 +236,21 @@ def test_pruned_drafts_kept_as_virtual_nodes(rule: str) -> None:
 # ---- consecutive steps, real keys, shapes that learn -------------------------------------------------------------------------
 
 
-def text_law(rule: str, noise=EnumeratingRandomness, kind=None, length: int = 3) -> tuple[dict, Toy]:
-    """The law of `length` tokens over several steps; a rejection widens the next tree, an acceptance deepens it."""
-    target, drafter = toys(2 if kind == IID else 3, 0.2)
-    kind = kind if kind is not None else IID if rule in ("kseq", "optimal_transport") else WOR
+def choose_draw(rule: str) -> Kind:
+    return IID if rule in ("kseq", "optimal_transport") else WOR
 
-    def build(seq: Sequence) -> DraftTree:
+
+def text_law(
+    rule: str, noise=EnumeratingRandomness, kind=None, length: int = 3, vocab_size: int | None = None, build=None
+) -> tuple[dict, Toy]:
+    """The law of `length` tokens over several steps; a rejection widens the next tree, an acceptance deepens it.
+
+    `build`: (seq, drafter, kind) -> tree, to be used instead.
+    """
+    kind = choose_draw(rule) if kind is None else kind
+    target, drafter = toys(vocab_size or (2 if kind == IID else 3), 0.2)
+
+    def widen_or_deepen(seq: Sequence) -> DraftTree:
         rejected = not seq.accept_lengths or seq.accept_lengths[-1] == 1
         shape = (2,) if rejected and rule != "block" else (1, 1)
         return grow(seq.randomness, seq.token_ids, drafter, shape[: seq.remaining - 1], kind)
@@ -196,7 +258,8 @@ def text_law(rule: str, noise=EnumeratingRandomness, kind=None, length: int = 3)
     def run(chance: Chance) -> tuple[int, ...]:
         seq = Sequence(0, list(PROMPT), SamplingParams(temperature=1.0, max_new_tokens=length), noise(chance, 7, (0, 0)))
         keys = chance.keys
-        text = tuple(speculate(target, RULES[rule], build, lambda *_: None, seq).output_ids)
+        draft = widen_or_deepen if build is None else partial(build(), drafter=drafter, kind=kind)
+        text = tuple(speculate(target, RULES[rule], draft, lambda *_: None, seq).output_ids)
         assert noise is not EnumeratingRandomness or rule == "match" or len(set(keys)) == len(keys), "a key was used twice"
         return text
 
@@ -204,9 +267,50 @@ def text_law(rule: str, noise=EnumeratingRandomness, kind=None, length: int = 3)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "match"])
-def test_law_is_exact_over_several_steps(rule: str) -> None:
-    law, target = text_law(rule, kind=IID if rule != "traversal" else None)
-    assert distance(law, direct_law(target, PROMPT, 3)) < EXACT
+@pytest.mark.parametrize(
+    ("vocab_size", "length"),
+    [(2, 3), pytest.param(3, 3, marks=pytest.mark.slow), (4, 2), pytest.param(5, 2, marks=pytest.mark.slow)],
+)
+def test_law_is_exact_over_several_steps(rule: str, vocab_size: int, length: int) -> None:
+    kind = IID if rule != "traversal" else None
+    law, target = text_law(rule, kind=kind, length=length, vocab_size=vocab_size)
+    assert distance(law, direct_law(target, PROMPT, length)) < EXACT
+
+
+def chains():
+    """One child a node, always."""
+    return lambda seq, drafter, kind: grow(seq.randomness, seq.token_ids, drafter, (1, 1)[: seq.remaining - 1], kind)
+
+
+def full_trees():
+    """Two children a node, always."""
+    return lambda seq, drafter, kind: grow(seq.randomness, seq.token_ids, drafter, (2, 2)[: seq.remaining - 1], kind)
+
+
+def learned_child():
+    """What was drafted for a position and not judged becomes a sure child there; its sibling is drawn off it."""
+    drafted: dict[int, int] = {}
+
+    def build(seq: Sequence, drafter: Toy, kind: Kind) -> DraftTree:
+        sure = drafted.get(len(seq.token_ids))
+        if sure is None or seq.remaining < 2:
+            tree = grow(seq.randomness, seq.token_ids, drafter, (1, 1)[: seq.remaining - 1], kind)
+            drafted.update(zip((len(seq.token_ids) + tree.depths[1:] - 1).tolist(), tree.tokens[1:].tolist()))
+            return tree
+
+        def off_it(ids: list[int]) -> torch.Tensor:
+            return drafter(ids).index_fill(0, torch.tensor([sure]), -torch.inf)
+
+        return with_sure_child(grow(seq.randomness, seq.token_ids, off_it, (1,), kind), sure)
+
+    return build
+
+
+def with_sure_child(tree: DraftTree, token: int) -> DraftTree:
+    return DraftTree(
+        np.append(tree.tokens, token), np.append(tree.parents, 0), kind=np.append(tree.kind, np.uint8(DET)),
+        draw_index=np.append(tree.draw_index, np.int32(0)), probs=np.vstack([tree.probs, np.zeros_like(tree.probs[:1])]),
+    )  # fmt: skip
 
 
 def keyed(change):
@@ -220,27 +324,49 @@ def keyed(change):
     return Reused
 
 
-REUSES = {
+DEPTHS = (0, 1, 1, 2, 2, 2, 2)  # of the nodes of full_trees
+REUSES = {  # in a chain a node is its depth
     "noise of an earlier step": lambda step, node, draw, purpose: (node, draw, purpose),
     "draft and test share noise": lambda step, node, draw, purpose: (step, node, draw),
     "noise by position": lambda step, node, draw, purpose: (step + node, draw, purpose),
+    "coins by position": lambda step, node, draw, purpose: (step, node) if purpose == DRAFT else (step + node, draw, purpose),
+    "drafts by position": lambda step, node, draw, purpose: (step + node, 0) if purpose == DRAFT else (step, node, draw, purpose),
+    "residual and draft share noise": lambda step, node, draw, purpose: (
+        (step, node, draw, DRAFT if purpose == "emit" else purpose)
+    ),
+    "nodes of one depth share noise": lambda step, node, draw, purpose: (step, DEPTHS[node], draw, purpose),
 }
 
 
 @pytest.mark.parametrize(
-    ("rule", "reuse"),
+    ("rule", "reuse", "options"),
     [
-        ("recursive_rejection", "draft and test share noise"),
-        ("block", "noise by position"),
-        ("block", "noise of an earlier step"),
-        ("traversal", "draft and test share noise"),
-        ("kseq", "draft and test share noise"),
-        ("optimal_transport", "draft and test share noise"),
+        ("recursive_rejection", "draft and test share noise", {}),
+        ("recursive_rejection", "residual and draft share noise", {"build": chains, "vocab_size": 3}),
+        ("recursive_rejection", "drafts by position", {"build": learned_child}),
+        ("kseq", "draft and test share noise", {}),
+        ("kseq", "residual and draft share noise", {"build": chains, "vocab_size": 3}),
+        ("optimal_transport", "draft and test share noise", {}),
+        ("optimal_transport", "residual and draft share noise", {"build": chains, "vocab_size": 3}),
+        ("block", "noise by position", {}),
+        ("block", "noise of an earlier step", {}),
+        ("block", "coins by position", {}),
+        ("block", "residual and draft share noise", {}),
+        ("traversal", "draft and test share noise", {}),
+        ("traversal", "residual and draft share noise", {"kind": IID, "vocab_size": 3}),
+        ("traversal", "nodes of one depth share noise", {"build": full_trees}),
     ],
 )
-def test_control_reused_noise_fails(rule: str, reuse: str) -> None:
-    law, target = text_law(rule, keyed(REUSES[reuse]))
+def test_control_reused_noise_fails(rule: str, reuse: str, options: dict) -> None:
+    """verification.md 4.5: total variation from .0026 (coins by position) to .14 there."""
+    law, target = text_law(rule, keyed(REUSES[reuse]), **options)
     assert distance(law, direct_law(target, PROMPT, 3)) > 1e-3
+
+
+@pytest.mark.parametrize("build", [learned_child, pytest.param(full_trees, marks=pytest.mark.slow)])
+def test_law_is_exact_on_the_trees_of_these_controls(build) -> None:
+    law, target = text_law("traversal" if build is full_trees else "recursive_rejection", build=build)
+    assert distance(law, direct_law(target, PROMPT, 3)) < EXACT
 
 
 # ---- acceptance -------------------------------------------------------------------------------------------------------------
@@ -506,3 +632,15 @@ def test_the_target_overflows_loudly() -> None:
     tree, seq = small(), make_sequence()
     with pytest.raises(FloatingPointError, match="nan"):
         RULES["kseq"](tree, Law(torch.full((4, 3), torch.nan), tree, seq), seq.randomness)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "match"])
+@pytest.mark.parametrize("row", [(0.5, 0.5, np.nan), (0.5, 0.5, np.inf), (1.0, 0.5, -0.5)])
+def test_probs_that_are_no_law_are_refused(rule: str, row: tuple[float, ...]) -> None:
+    """A NaN beside the drawn token once made every coin of the node land on accept."""
+    chain = DraftTree(
+        np.array([0, 1]), np.array([-1, 0]), kind=np.array([DET, IID], np.uint8), probs=np.tile(np.float32(row), (2, 1))
+    )  # fmt: skip
+    seq = make_sequence()
+    with pytest.raises(ValueError, match="probs of node 0 must be finite and >= 0, got .*; fix: record"):
+        RULES[rule](chain, make_law(chain, Fixed(0.2, 0.3, 0.5), seq), seq.randomness)

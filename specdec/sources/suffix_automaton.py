@@ -399,6 +399,11 @@ class SuffixSource:
         self._unshared: dict[int, list[int]] = {}  # by seq.id: outputs not in the shared text yet
         self._shared = SuffixAutomaton(max_tokens=max_tokens)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a request's chains depend on earlier requests."""
+        return self.share_every > 0
+
     def start(self, seq: Sequence) -> None:
         """Index the prompt."""
         # Without room to spare: it doubles at the first token, so that growing is compiled with the rest and not in a later step.

@@ -6,7 +6,8 @@ requests lives until `reset`.
 
 More attributes a builder may have: `merge_state(state)`, which takes in what another engine's builder learned (without it an engine
 keeps to its own, see Engine.share_state); `rule`, the acceptance rule of its trees ("match" without it, see specdec.verify.rules);
-`compiles = False`, if it runs no numba kernels that the engine should have compiled before the first request; `parts`, the builders
+`remembers = False`, if what it drafts for a request depends on nothing of earlier ones (else, where its rule tosses coins, each
+request has coins of its own, see Engine.new_sequence); `compiles = False`, if it runs no numba kernels that the engine should have compiled before the first request; `parts`, the builders
 that it is made of; `model`, its DraftModel.
 """
 

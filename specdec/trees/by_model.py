@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -168,6 +169,11 @@ class TreeByModel:
         self.clock = time.perf_counter if costs is None else costs.clock
         self.trusts: PerClass[Trust] = PerClass(Trust)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a request's drafts depend on earlier requests: by what paid then, or by a spine that has read them."""
+        return self.costs is not None or (self.spine is not None and self.spine.remembers)
+
     def plan(self, **shared: Any) -> Plan:
         """A Plan of these, the fields of every Plan; the growth may hold nodes beside the root, which are read with it."""
         raise NotImplementedError
@@ -176,7 +182,6 @@ class TreeByModel:
         """Tokens that may follow the text, to be read together with the root: the spine's, as far as the drafter knows them."""
         if self.spine is None or longest < 1 or not self.model.reads_guesses:
             return []
-        self.spine.catch_up(seq)
         chain = self.spine.source.chain(seq, min(longest, LONGEST_SPINE))
         self._match[seq.id] = chain.match_length
         unknown = np.append(chain.tokens >= self.model.reader.vocab_size, True)
@@ -196,8 +201,18 @@ class TreeByModel:
 
     def build(self, seqs: Seq[Sequence], budgets: Seq[int], depths: Seq[int]) -> list[DraftTree]:
         limits = [min(depth, self.model.depth_limit(seq)) for seq, depth in zip(seqs, depths)]
-        if min(limits) < 0:  # a text is longer than the drafter's context
-            return [DraftTree.root_only(seq.token_ids[-1]) for seq in seqs]
+        trees = []
+        for drafts, run in groupby(range(len(seqs)), lambda row: limits[row] >= 0):  # below 0: longer than the drafter's context
+            rows = list(run)
+            some = slice(rows[0], rows[-1] + 1)  # the drafter reads consecutive rows
+            if drafts:
+                trees += self._draft(seqs[some], budgets[some], limits[some])
+            else:
+                trees += [DraftTree.root_only(seq.token_ids[-1]) for seq in seqs[some]]
+        return trees
+
+    def _draft(self, seqs: Seq[Sequence], budgets: Seq[int], limits: Seq[int]) -> list[DraftTree]:
+        """The trees of consecutive rows, level by level together."""
         begin = self.clock()
         guesses = [self.guesses(seq, min(budget - 1, limit)) for seq, budget, limit in zip(seqs, budgets, limits)]
         growths, logits = self.model.grow(seqs, guesses)
@@ -262,6 +277,8 @@ class TreeByModel:
             self.model.keep(seq, read[: np.argmin(np.append(read, NO_PARENT))].tolist())
             tree.evidence.learn(tree, verdict)
         self.model.verified(seq, verdict.nodes.tolist())
+        if self.spine is not None:
+            self.spine.update(seq, tree, verdict, top)  # now, or what a request's last step emits would reach nobody
 
     def finish(self, seq: Sequence) -> None:
         self.model.finish(seq)

@@ -41,6 +41,11 @@ class Chain:
         self.source = source
         self._seen: dict[int, int] = {}  # request -> tokens of it that the source knows
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a request's chains depend on earlier requests."""
+        return getattr(self.source, "remembers", True)
+
     def start(self, seq: Sequence) -> None:
         self.source.start(seq)
         self._seen[seq.id] = len(seq.token_ids)
@@ -59,10 +64,6 @@ class Chain:
 
     def update(self, seq: Sequence, tree: DraftTree, verdict: Verdict, top: TopK | None) -> None:
         """Show the source every token that was emitted since the last call."""
-        self.catch_up(seq)
-
-    def catch_up(self, seq: Sequence) -> None:
-        """The source has seen the whole text."""
         if fresh := seq.token_ids[self._seen[seq.id] :]:
             self.source.update(seq, fresh)
             self._seen[seq.id] = len(seq.token_ids)

@@ -35,7 +35,7 @@ from specdec.verify.step import DRAFT
 __all__ = ["SampledTree"]
 
 KINDS = {"iid": Kind.IID, "without_replacement": Kind.WITHOUT_REPLACEMENT, "hybrid": Kind.WITHOUT_REPLACEMENT}
-CONFIDENCE = 0.05  # measured on the tune prompts (README): what it saves makes the likely paths deeper
+CONFIDENCE = 0.05  # what it saves makes the likely paths deeper
 SURE, FIRST, LAST = 0, 1, 2  # kinds of proposals: deterministic; drawn first; later
 SPINE = 3  # and the spine's (this and the next two, by match)
 RULE_OF = {"iid": "kseq", "without_replacement": "recursive_rejection", "hybrid": "recursive_rejection"}

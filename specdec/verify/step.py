@@ -56,10 +56,19 @@ class Step:
         return self._law.probs(node)
 
     def draft(self, node: int) -> np.ndarray:
-        """[V] float64: q, the law from which the first sampled child of `node` was drawn."""
+        """[V] float64: q, the law from which the first sampled child of `node` was drawn.
+
+        Raises:
+            ValueError: `probs` holds no law there; a NaN would be a coin that always accepts.
+        """
         assert self.tree.probs is not None
         q = self.tree.probs[node].astype(np.float64)
-        return q / q.sum()
+        total = q.sum()
+        if not (q.min() >= 0.0 and total < np.inf):
+            raise ValueError(
+                f"probs of node {node} must be finite and >= 0, got {q.min()} to {q.max()}; fix: record the law of its draws"
+            )
+        return q / total
 
     def sampled(self, node: int) -> np.ndarray:
         """The sampled children of `node` in the order of their (first) draws, [S]."""
