@@ -148,8 +148,8 @@ def make_builder(
 ) -> TreeBuilder:
     """The tree builder of a method's name, or the builder itself.
 
-    With a draft model and a cost model the clock decides (`ByRate`): "auto" is the fastest of best_first and goose_drafter,
-    another method drafts where that is faster than plain steps.
+    With a draft model the clock and the costs decide (`ByRate`): "auto" is the faster of best_first and goose_drafter, whose rule is
+    `match`, so that a seed fixes the text whichever works; with a cost model another method drafts where plain steps are slower.
 
     Raises:
         ValueError: no such method, an object that is no TreeBuilder, a draft model missing or of no use to the method.

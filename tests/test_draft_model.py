@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from conftest import make_tiny_llama
 from specdec import DRAFTER_METHODS, Engine, SamplingParams, accelerate
 from specdec.cost_model import CostModel
 from specdec.draft_tree import DraftTree, Source
-from specdec.sources.draft_model import DraftModel, check_tokenizers, first_layers
+from specdec.sources.draft_model import DraftModel, EarlyExit, check_tokenizers, first_layers
 from specdec.sources.suffix_automaton import SEPARATOR, SuffixSource
 from specdec.target import TargetModel
 from specdec.trees.by_model import Costs
@@ -294,16 +295,39 @@ def test_costs_decide_how_deep_a_tree_is(sharp: Any) -> None:
     assert steps[1e-4] < steps[0.2] < steps[1e4]
 
 
+@pytest.mark.parametrize("forward", [0.01, 10.0])
 @pytest.mark.parametrize("method", ["auto", *DRAFTER_METHODS])
-def test_the_clock_decides_between_drafting_and_not(sharp: Any, method: str, tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+def test_costs_and_the_clock_decide_between_drafting_and_not(sharp: Any, method: str, forward: float, monkeypatch: Any) -> None:
+    """Every look at the clock is a second later. What the cost model gives a chance is tried, the rest is not; the text is the same."""
+    ticks, seconds = itertools.count(), iter([1.0, forward])
+    monkeypatch.setattr("specdec.ranks.Ranks.clock", lambda self: float(next(ticks)))
+    monkeypatch.setattr(
+        "specdec.pacing.measured_costs", lambda target: CostModel(dict.fromkeys([(1, 1, 0), (1, 64, 0)], next(seconds, 1.0)))
+    )
     engine = Engine(sharp, method=method, drafter=perturbed(sharp, 0.3))
     same_as_plain(engine, sharp, GREEDY)
     same_as_plain(engine, sharp, GREEDY)
-    assert len(engine.info()["tokens_per_second"]) == 2
-    assert engine.builder.forwards > 0  # type: ignore[attr-defined]
+    assert len(engine.info()["tokens_per_second"]) == (2 if forward < 1 else 1)
+    assert (engine.builder.forwards > 0) == (forward < 1)  # type: ignore[attr-defined]
     engine.reset()
     assert engine.info()["tokens_per_second"] == {}
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_a_drafter_has_not_read(sharp: Any, early: bool) -> None:
+    """The text but its root at first, what others drafted later; nothing where the cache is the target's."""
+    drafter = EarlyExit(sharp, 1, sharp.config.vocab_size) if early else DraftModel(sharp, sharp.config.vocab_size)
+    builder = DraftedTree(drafter)
+    engine = Engine(sharp, method=builder, budget=12)
+    with running(engine):
+        engine._admit()
+        unread = [drafter.unread(seq) for seq in engine.rows]
+        assert unread == [0 if early else len(prompt) - 1 for prompt in PROMPTS]
+        engine.step()
+        assert [drafter.unread(seq) for seq in engine.rows if not early] == [
+            len(seq.token_ids) - 1 - drafter.cache.lengths[seq.row] for seq in engine.rows if not early
+        ]
+        assert max(drafter.unread(seq) for seq in engine.rows) <= 1
 
 
 def test_tokenizers_must_agree() -> None:

@@ -320,11 +320,6 @@ def _narrowed(description: dict[str, Any]) -> dict[str, Any]:
     search["problem"] = {"type": "string", "minLength": 1}
     search["policy"]["enum"] = [*POLICIES, "other"]
     search["step"]["enum"] = ["steps", "newline", "tokens:3", "tokens:0", "other"]
-    for body in ("CompletionRequest", "ChatRequest"):  # below, scores overflow and log-probabilities are NaN: 500
-        for name in ("temperature", "repetition_penalty"):
-            number = schemas[body]["properties"][name]["anyOf"][0]
-            number.pop("exclusiveMinimum", None)
-            number["minimum"] = 0.01
     return description
 
 

@@ -121,6 +121,11 @@ class DraftModel:
     def verified(self, seq: Sequence, nodes: Seq[int]) -> None:
         """The target has read these nodes, from the root on, and they are accepted, whoever drafted them; after keep()."""
 
+    def unread(self, seq: Sequence) -> int:
+        """Tokens of the text before its root that grow() reads first."""
+        self._claim(seq)
+        return len(seq.token_ids) - 1 - self.cache.lengths[seq.row]
+
     def depth_limit(self, seq: Sequence) -> int:
         """Deepest node that the drafter's context has room for, below 0 where the text itself has none."""
         longest = self.reader.max_positions

@@ -20,16 +20,18 @@ import torch
 from specdec.cost_model import CostModel
 from specdec.draft_tree import NO_PARENT, ROOT, DraftTree, TopK, Verdict
 from specdec.sequence import SamplingParams, Sequence
-from specdec.sources.draft_model import DraftModel, Growth
+from specdec.sources.draft_model import CATCH_UP, DraftModel, Growth
 from specdec.trees.base import TreeBuilder
 from specdec.trees.chain import Chain
 from specdec.trees.per_class import PerClass
-from specdec.trees.trust import Trust
+from specdec.trees.trust import HOLD, Trust
 
 __all__ = ["Costs", "Drafted", "Edges", "Plan", "TreeByModel", "spine_kind"]
 
 
 LONGEST_SPINE = 15
+READ_NODES = 64  # of a forward whose seconds a node are those of reading the text
+DEEPEST = 8  # levels that are looked at where nobody has seen the drafter work
 
 
 class Costs(NamedTuple):
@@ -178,6 +180,31 @@ class TreeByModel:
         """A Plan of these, the fields of every Plan; the growth may hold nodes beside the root, which are read with it."""
         raise NotImplementedError
 
+    def plain_seconds(self, seqs: Seq[Sequence]) -> float:
+        """Of a step without drafts; 1 without costs."""
+        if self.costs is None:
+            return 1.0
+        return float(_forward(self.costs.target, 1, seqs))
+
+    def reading_seconds(self, seqs: Seq[Sequence]) -> float:
+        """Of what a step with this drafter must read first; 0 without costs."""
+        if self.costs is None:
+            return 0.0
+        unread = sum(tokens for seq in seqs if (tokens := self.model.unread(seq)) > CATCH_UP)
+        return unread * float(_forward(self.costs.drafter, READ_NODES, seqs[:1])) / READ_NODES
+
+    def outlook(self, seqs: Seq[Sequence]) -> tuple[float, float] | None:
+        """Tokens and plain steps of a step of the depth that pays best, if a level of two nodes holds the target's token with the chance
+        HOLD: what is to be expected of a drafter that nobody has seen work; None without costs."""
+        if self.costs is None:
+            return None
+        levels = np.arange(1, DEEPEST + 1)
+        tokens = (1 - HOLD ** (levels + 1)) / (1 - HOLD)
+        seconds = _forward(self.costs.target, 1 + 2 * levels, seqs) + self.costs.target.host_seconds
+        seconds += levels * _forward(self.costs.drafter, 2, seqs)
+        best = int(np.argmax(tokens / seconds))
+        return float(tokens[best]), float(seconds[best]) / self.plain_seconds(seqs)
+
     def guesses(self, seq: Sequence, longest: int) -> list[int]:
         """Tokens that may follow the text, to be read together with the root: the spine's, as far as the drafter knows them."""
         if self.spine is None or longest < 1 or not self.model.reads_guesses:
@@ -235,9 +262,12 @@ class TreeByModel:
             for plan, rows, first in zip(plans, logits, known):
                 plan.receive(rows, first)
             now = self.clock()
-            if self.costs is not None and known[0]:  # the first forward reads the text's last tokens too
+            if self.costs is not None:
                 width = max(len(growth.tokens) - old for growth, old in zip(growths, known))
-                self.costs.drafter.observe(width, context, len(seqs), now - started)
+                if known[0]:
+                    self.costs.drafter.observe(width, context, len(seqs), now - started)
+                else:  # the first forward reads the text too, which is no reason to draft more
+                    begin = max(begin, now - float(_forward(self.costs.drafter, width, seqs)))
             known, started = [len(growth.tokens) for growth in growths], now
             fresh = [plan.fresh() for plan in plans]
             size = self._best_size(plans, context, now - begin)
@@ -301,6 +331,12 @@ class TreeByModel:
 def spine_kind(first: int, match: int) -> int:
     """Kind of proposal of a spine's token, `first` or one of the next two, by the tokens of context that recurred."""
     return first + (0 if match <= 2 else 1 if match <= 6 else 2)
+
+
+def _forward(costs: CostModel, nodes: int | np.ndarray, seqs: Seq[Sequence]) -> np.ndarray:
+    """Seconds of a forward over `nodes` nodes a row, of the shape of `nodes`."""
+    sizes, seconds = costs.curve(max(len(seq.token_ids) for seq in seqs), len(seqs))
+    return seconds[np.minimum(np.searchsorted(sizes, nodes), len(sizes) - 1)]
 
 
 def _together(plans: Seq[Plan]) -> np.ndarray:
