@@ -49,16 +49,18 @@ class ReasonResult(Result):
     seconds: float = 0.0  # spent on the search, in earlier processes too
     generated: int = 0  # tokens since the call; what an earlier process generated is in `used` alone
     steps: int = 0  # verification steps that they took, added up: generated / steps tokens a step
-    _go_on: Callable[[int], ReasonResult] | None = field(default=None, repr=False, compare=False)
+    _go_on: Callable[[int, float | None], ReasonResult] | None = field(default=None, repr=False, compare=False)
 
-    def resume(self, extra_budget: int) -> ReasonResult:
+    def resume(self, extra_budget: int = 0, seconds: float | None = None) -> ReasonResult:
         """The same search with so many tokens more; its tree grows on. With 0, a cancelled one goes on; clear `cancel` first.
+
+        `seconds` is the time that it then has; None: what is left, or as much as at first where that is over and there are more tokens.
 
         Raises:
             ValueError: negative or no whole number.
         """
         assert self._go_on is not None
-        return self._go_on(extra_budget)
+        return self._go_on(extra_budget, seconds)
 
 
 # ---- evaluators by name ---------------------------------------------------------------------------------------------------------
@@ -90,7 +92,7 @@ def _self_consistency(setting: _Setting) -> Evaluator:
         results = made if isinstance(made, list) else [made]
         return Rollouts([result.text for result in results], sum(len(result.token_ids) for result in results))
 
-    return SelfConsistency(sample, setting.answers)
+    return SelfConsistency(sample, setting.answers, rollout_tokens=DEFAULT_ROLLOUT)
 
 
 EVALUATORS: dict[str, tuple[Callable[[_Setting], Evaluator], str]] = {
@@ -238,7 +240,8 @@ def reason_all(
         for question, index, file in zip(problems, numbers, files):
             ids = prompts.encode(engine.tokenizer, _checked(question))
             identity = {"prompt": hashlib.sha256(repr(ids).encode()).hexdigest()[:16], "place": index, **shared}
-            own = replace(config, prompt_tokens=len(ids))
+            cues = prompts.cue_tokens(engine.tokenizer, engine.eos_token_ids())
+            own = replace(config, prompt_tokens=len(ids), cue_tokens=cues)
             search = Search(copy.deepcopy(policy), budget, seed, own, file, identity)  # a Policy object keeps state
             if search.cancelled:
                 search.resume()
@@ -259,8 +262,8 @@ def reason_all(
             generated=result.used - used_before[problem.index], _go_on=partial(go_on, problem),
         )  # fmt: skip
 
-    def go_on(problem: Problem, extra: int) -> ReasonResult:
-        problem.search.resume(extra)
+    def go_on(problem: Problem, extra: int, seconds: float | None) -> ReasonResult:
+        problem.search.resume(extra, seconds)
         ((_, again),) = run([problem])
         more = finished(problem, again)
         if isinstance(more, GenerationError):
