@@ -120,7 +120,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: the model cannot be accelerated without risking its output, or cannot be compiled.
-        ValueError: unknown method, budget < 1, max_rows < 1, a prefix_backend that cannot run here.
+        ValueError: unknown method, budget < 1, max_rows < 1, a prefix_backend that cannot run here, a drafter of another tokenizer.
     """
 
     def __init__(
