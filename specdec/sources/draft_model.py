@@ -117,6 +117,11 @@ class DraftModel:
             self._owners[seq.row] = seq.id
             self.cache.lengths[seq.row] = 0
 
+    def trim(self) -> None:
+        """Give back the buffers that long or many texts made grow; no request is under way."""
+        self.cache = self.reader.new_cache(1, 256)
+        self._owners = []
+
     def attach(self, target: TargetModel, cache: KVCache) -> None:
         """The engine's model and cache, for drafters that live on them."""
 
