@@ -435,3 +435,48 @@ def test_a_model_without_a_tokenizer_is_one_warning_and_its_own_layers_are_none(
         assert not caplog.records
         Engine(make_tiny_llama(), method="draft_model", drafter=tiny_folder, budget=8)
     assert len(caplog.records) == 1 and "no tokenizer of ''" in caplog.text
+
+
+def test_trim_gives_back_the_drafters_buffers_too(sharp: Any) -> None:
+    drafter = DraftModel(perturbed(sharp, 0.3), sharp.config.vocab_size)
+    engine = Engine(sharp, method="draft_model", budget=12, drafter=drafter)
+    small = drafter.cache.nbytes
+    drafter.cache.reserve(4, 1000)  # as many long texts would
+    engine.trim()
+    assert drafter.cache.nbytes == small and drafter._owners == []
+    same_as_plain(engine, sharp, GREEDY)
+    assert drafter.cache.nbytes > small
+    engine.trim()
+    assert drafter.cache.nbytes == small
+    same_as_plain(engine, sharp, GREEDY)
+
+
+def test_trim_leaves_early_exit_on_the_engines_cache(sharp: Any) -> None:
+    engine = Engine(sharp, method="draft_model", budget=12, drafter="early_exit:1")
+    same_as_plain(engine, sharp, GREEDY)
+    engine.trim()
+    assert engine.builder.model.cache is engine.cache  # type: ignore[attr-defined]
+    same_as_plain(engine, sharp, GREEDY)
+
+
+@pytest.mark.parametrize("method", ["draft_model", "goose_drafter"])
+def test_a_seed_gives_the_same_text_with_early_exit(method: str) -> None:
+    model = make_tiny_llama(num_hidden_layers=3)
+    with torch.no_grad():
+        model.lm_head.weight *= 60
+    engine = Engine(model, method=method, budget=12, drafter="early_exit:2")
+    for options in ({}, {"top_k": 20}):
+        same_as_plain(engine, model, SamplingParams(max_new_tokens=30, temperature=0.9, seed=3, **options))
+    assert engine.builder.forwards > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["draft_model", "goose_drafter"])
+def test_a_seed_gives_the_same_text_with_early_exit_of_the_embedded_model(embedded: tuple[Any, Any], method: str) -> None:
+    """fp32."""
+    model, tokenizer = embedded
+    params = SamplingParams(max_new_tokens=24, temperature=0.8, seed=5)
+    prompt = [{"role": "user", "content": "Name three fruits that are red."}]
+    engine = Engine(model, tokenizer, method=method, budget=12, drafter="early_exit:12")
+    assert engine.generate(prompt, params).token_ids == Engine(model, tokenizer, method="none").generate(prompt, params).token_ids
+    assert engine.builder.forwards > 0  # type: ignore[attr-defined]
