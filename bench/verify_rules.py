@@ -1,8 +1,10 @@
 """Cost of the acceptance rules: ms a step at a vocabulary of 152k and 32 nodes, `OMP_NUM_THREADS=1 python -m bench.verify_rules`.
 
 Laws are dense (no top-k), the worst case: target logits N(0, 3), the drafter's are those plus N(0, 1). A tree of levels 4, 12 and
-15 for all rules but block, which gets a chain of 31. Not counted: the target's logits, the drawing of the drafts. The last stdout
-line is one JSON object: rule -> median ms a step and mean tokens a step.
+15 for all rules but block, which gets a chain of 31. Drafts drawn apart from the target's noise let `match` visit a node or two, so
+it has two cases more: the drafts are the target's own draws, accepted to the last level, without truncation and with top_p .9. Not
+counted: the target's logits, the drawing of the drafts. The last stdout line is one JSON object: case -> median ms a step and mean
+tokens a step.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 from statistics import mean, median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ import typer
 
 from specdec.draft_tree import DraftTree, Kind
 from specdec.randomness import Randomness
-from specdec.sampling import Law
+from specdec.sampling import Law, build_processor
 from specdec.sequence import SamplingParams, Sequence
 from specdec.verify.rules import RULES
 
@@ -50,9 +53,20 @@ def draft(parents: np.ndarray, scores: torch.Tensor, kind: Kind, noise: np.rando
     return DraftTree(tokens, parents, kind=kinds, draw_index=order, probs=probs)
 
 
-def measure(name: str, vocab_size: int, repeats: int) -> dict[str, float]:
-    """Median ms and mean emitted tokens of `repeats` steps."""
+def accepted_path(tree: DraftTree, law: Law) -> DraftTree:
+    """The tree with the target's own draws along one path to the last level; the other children keep their tokens."""
+    tokens, node = tree.tokens.copy(), 0
+    while len(children := np.flatnonzero(tree.parents == node)):
+        tokens[children] += tokens[children] == (token := law.draw(node))  # siblings stay different but for the rarest chance
+        node = children[0]
+        tokens[node] = token
+    return DraftTree(tokens, tree.parents)
+
+
+def measure(name: str, vocab_size: int, repeats: int, accepted: bool = False, top_p: float = 1.0) -> dict[str, float]:
+    """Median ms and mean emitted tokens of `repeats` steps; `accepted`: of a tree that holds what the target draws."""
     parents = parents_of((1,) * sum(LEVELS) if name == "block" else LEVELS)
+    params = SamplingParams(temperature=1.0, top_p=top_p)
     kind = Kind.IID if name in ("kseq", "optimal_transport") else Kind.WITHOUT_REPLACEMENT
     times, tokens = [], []
     for repeat in range(repeats):
@@ -60,7 +74,9 @@ def measure(name: str, vocab_size: int, repeats: int) -> dict[str, float]:
         logits = 3 * torch.randn(len(parents), vocab_size, generator=noise)
         scores = logits + torch.randn(logits.shape, generator=noise)
         tree = draft(parents, scores, kind, np.random.default_rng(repeat))
-        seq = Sequence(0, [0, 1], SamplingParams(temperature=1.0), Randomness(0, (repeat,)))
+        seq = Sequence(0, [0, 1], params, Randomness(0, (repeat,)), processor=build_processor(params))
+        if accepted:
+            tree = accepted_path(tree, Law(logits, tree, seq))
         start = perf_counter()
         verdict = RULES[name](tree, Law(logits, tree, seq), seq.randomness)
         times.append(1e3 * (perf_counter() - start))
@@ -69,11 +85,14 @@ def measure(name: str, vocab_size: int, repeats: int) -> dict[str, float]:
 
 
 def main(vocab_size: int = 152_000, repeats: int = 10) -> None:
-    """Time every rule."""
+    """Time every case."""
     rows = {}
-    for name in RULES:
-        rows[name] = measure(name, vocab_size, repeats)
-        print(f"{name:20} {rows[name]['ms']:8.2f} ms a step, {rows[name]['tokens']:.2f} tokens", flush=True)
+    cases: dict[str, dict[str, Any]] = {name: {"name": name} for name in RULES}
+    cases["match, accepted"] = {"name": "match", "accepted": True}
+    cases["match, accepted, top_p .9"] = {"name": "match", "accepted": True, "top_p": 0.9}
+    for name, case in cases.items():
+        rows[name] = measure(vocab_size=vocab_size, repeats=repeats, **case)
+        print(f"{name:26} {rows[name]['ms']:8.2f} ms a step, {rows[name]['tokens']:.2f} tokens", flush=True)
     print(json.dumps(rows))
 
 

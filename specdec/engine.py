@@ -120,7 +120,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: the model cannot be accelerated without risking its output, or cannot be compiled.
-        ValueError: unknown method, budget < 1, max_rows < 1, a prefix_backend that cannot run here.
+        ValueError: unknown method, budget < 1, max_rows < 1, a prefix_backend that cannot run here, a drafter of another tokenizer.
     """
 
     def __init__(
@@ -581,10 +581,13 @@ class Engine:
         )
 
     def trim(self) -> None:
-        """Give back the KV buffers; they are allocated anew when needed."""
+        """Give back the KV buffers, a drafter's too; they are allocated anew when needed."""
         with self._lock:
             if not self.rows:
-                self.cache = self.target.new_cache(1, 256)
+                cache = self.target.new_cache(1, 256)  # first: without memory for it, all stays as it is
+                if isinstance(drafting := getattr(self.builder, "model", None), DraftModel):
+                    drafting.trim()
+                self.cache = cache
                 self._attach()
 
     # ---- state ----------------------------------------------------------------------------------------------------------

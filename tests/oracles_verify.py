@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import torch
@@ -125,11 +125,12 @@ def restrict(tree: DraftTree, keep: Seq[bool]) -> DraftTree:
     )
 
 
-def lp_value(p: np.ndarray, q: np.ndarray, k: int) -> float:
-    """The most that k i.i.d. draws from q let any coupling accept, by linear programme over (set of draws, accepted token)."""
+def lp_value(p: np.ndarray, q: np.ndarray, k: int, replacement: bool = True) -> float:
+    """The most that k draws from q let any coupling accept, by linear programme over (set of draws, accepted token)."""
     sets: Counter[tuple[int, ...]] = Counter()
-    for draws in product(range(len(p)), repeat=k):
-        sets[tuple(sorted(set(draws)))] += float(np.prod(q[list(draws)]))
+    for draws in product(range(len(p)), repeat=k) if replacement else permutations(range(len(p)), k):
+        gone = np.zeros(k) if replacement else np.cumsum([0.0, *q[list(draws)][:-1]])
+        sets[tuple(sorted(set(draws)))] += float(np.prod(q[list(draws)] / (1 - gone)))
     pairs = [(row, token) for row, tokens in enumerate(sets) for token in tokens]
     limits = np.zeros((len(sets) + len(p), len(pairs)))
     for column, (row, token) in enumerate(pairs):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from conftest import make_tiny_llama
+from conftest import make_tiny_llama, make_tiny_tokenizer
 from specdec import DRAFTER_METHODS, Engine, SamplingParams, accelerate
 from specdec.cost_model import CostModel
 from specdec.draft_tree import DraftTree, Source
@@ -341,3 +345,138 @@ def test_tokenizers_must_agree() -> None:
     check_tokenizers(Words("a", "b"), Words("a", "b", "c"))
     with pytest.raises(ValueError, match="has 'x' as token 1, the target's 'b'"):
         check_tokenizers(Words("a", "x"), Words("a", "b"))
+
+
+def test_the_first_of_several_differences_is_named(tiny_tokenizer: Any) -> None:
+    other = swapped((200, 7), (70, 31), (9, 40))
+    with pytest.raises(ValueError, match=f"has {other.convert_ids_to_tokens(7)!r} as token 7, the target's "):
+        check_tokenizers(other, tiny_tokenizer)
+
+
+def swapped(*pairs: tuple[int, int]) -> Any:
+    """The tiny tokenizer with the tokens of these ids exchanged."""
+    from tokenizers import Tokenizer
+
+    tokenizer = make_tiny_tokenizer()
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = {index: token for token, index in core["model"]["vocab"].items()}
+    for one, other in pairs:
+        tokens[one], tokens[other] = tokens[other], tokens[one]
+    core["model"]["vocab"] = {token: index for index, token in tokens.items()}
+    return type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(core)), pad_token="<pad>", eos_token="<eos>")
+
+
+def saved(folder: Path, tokenizer: Any = None, model: Any = None) -> str:
+    """A tiny model, with a tokenizer beside it or without."""
+    (model or make_tiny_llama()).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def opened(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("given", ["folder", "model"])
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_a_drafter_of_another_tokenizer_is_refused_however_it_is_given(
+    tmp_path: Path, tiny_folder: str, tiny_tokenizer: Any, given: str, with_tokenizer: bool
+) -> None:
+    """Only a folder's name beside an engine's tokenizer was checked once."""
+    folder = saved(tmp_path, swapped((200, 7), (70, 31)))
+    drafter = folder if given == "folder" else opened(folder)
+    model = opened(tiny_folder)
+    with pytest.raises(ValueError, match="as token 7, the target's .* Fix: a drafter of the target's family"):
+        Engine(model, tiny_tokenizer if with_tokenizer else None, drafter=drafter, budget=8)
+    with pytest.raises(ValueError, match="as token 7, the target's "), accelerate(model, drafter=drafter, budget=8):
+        pass
+
+
+@pytest.mark.parametrize("given", ["folder", "model"])
+def test_a_drafter_of_the_same_tokenizer_is_taken_silently(tmp_path: Path, tiny_folder: str, given: str, caplog: Any) -> None:
+    folder = saved(tmp_path, make_tiny_tokenizer())
+    with caplog.at_level(logging.WARNING, "specdec"):
+        Engine(opened(tiny_folder), method="draft_model", drafter=folder if given == "folder" else opened(folder), budget=8)
+    assert "tokenizer" not in caplog.text
+
+
+def made_up(folder: Path) -> str:
+    """A folder without a tokenizer, of a family for which transformers makes one up: <|endoftext|> as token 0 and no other."""
+    config = Qwen2Config(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    return saved(folder, model=Qwen2ForCausalLM(config))
+
+
+@pytest.mark.parametrize("given", ["folder", "model", "nameless", "hub name", "made up"])
+def test_a_drafter_without_a_tokenizer_is_taken_with_one_warning(
+    tmp_path: Path, tiny_folder: str, tiny_tokenizer: Any, given: str, caplog: Any
+) -> None:
+    drafter: Any = made_up(tmp_path) if given == "made up" else saved(tmp_path)
+    if given in ("model", "hub name"):
+        drafter = opened(drafter)
+    elif given == "nameless":
+        drafter = make_tiny_llama()
+    if given == "hub name":
+        drafter.name_or_path = "nobody/has-this"
+    model = opened(tiny_folder)
+    with caplog.at_level(logging.WARNING, "specdec"):
+        engine = Engine(model, method="draft_model", drafter=drafter, budget=8)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "specdec"]
+    assert "nobody has checked that the drafter has the model's tokenizer (no tokenizer of " in warning
+    plain = Engine(model, method="none").generate(PROMPTS[0], GREEDY)
+    assert engine.generate(PROMPTS[0], GREEDY).token_ids == plain.token_ids
+
+
+def test_a_model_without_a_tokenizer_is_one_warning_and_its_own_layers_are_none(tiny_folder: str, caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING, "specdec"):
+        Engine(make_tiny_llama(), method="draft_model", drafter="early_exit:1", budget=8)
+        assert not caplog.records
+        Engine(make_tiny_llama(), method="draft_model", drafter=tiny_folder, budget=8)
+    assert len(caplog.records) == 1 and "no tokenizer of ''" in caplog.text
+
+
+def test_trim_gives_back_the_drafters_buffers_too(sharp: Any) -> None:
+    drafter = DraftModel(perturbed(sharp, 0.3), sharp.config.vocab_size)
+    engine = Engine(sharp, method="draft_model", budget=12, drafter=drafter)
+    small = drafter.cache.nbytes
+    drafter.cache.reserve(4, 1000)  # as many long texts would
+    engine.trim()
+    assert drafter.cache.nbytes == small and drafter._owners == []
+    same_as_plain(engine, sharp, GREEDY)
+    assert drafter.cache.nbytes > small
+    engine.trim()
+    assert drafter.cache.nbytes == small
+    same_as_plain(engine, sharp, GREEDY)
+
+
+def test_trim_leaves_early_exit_on_the_engines_cache(sharp: Any) -> None:
+    engine = Engine(sharp, method="draft_model", budget=12, drafter="early_exit:1")
+    same_as_plain(engine, sharp, GREEDY)
+    engine.trim()
+    assert engine.builder.model.cache is engine.cache  # type: ignore[attr-defined]
+    same_as_plain(engine, sharp, GREEDY)
+
+
+@pytest.mark.parametrize("method", ["draft_model", "goose_drafter"])
+def test_a_seed_gives_the_same_text_with_early_exit(method: str) -> None:
+    model = make_tiny_llama(num_hidden_layers=3)
+    with torch.no_grad():
+        model.lm_head.weight *= 60
+    engine = Engine(model, method=method, budget=12, drafter="early_exit:2")
+    for options in ({}, {"top_k": 20}):
+        same_as_plain(engine, model, SamplingParams(max_new_tokens=30, temperature=0.9, seed=3, **options))
+    assert engine.builder.forwards > 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["draft_model", "goose_drafter"])
+def test_a_seed_gives_the_same_text_with_early_exit_of_the_embedded_model(embedded: tuple[Any, Any], method: str) -> None:
+    """fp32."""
+    model, tokenizer = embedded
+    params = SamplingParams(max_new_tokens=24, temperature=0.8, seed=5)
+    prompt = [{"role": "user", "content": "Name three fruits that are red."}]
+    engine = Engine(model, tokenizer, method=method, budget=12, drafter="early_exit:12")
+    assert engine.generate(prompt, params).token_ids == Engine(model, tokenizer, method="none").generate(prompt, params).token_ids
+    assert engine.builder.forwards > 0  # type: ignore[attr-defined]

@@ -34,6 +34,8 @@ from specdec.draft_tree import DraftTree, Kind
 from specdec.randomness import Randomness
 from specdec.sampling import Law
 from specdec.sequence import SamplingParams, Sequence
+from specdec.sources.draft_model import Growth
+from specdec.trees.drafted import DraftedTree
 from specdec.verify.kseq import smallest_rho
 from specdec.verify.legality import check_pair
 from specdec.verify.optimal_transport import MAX_CLASSES, optimal_value, select_optimally
@@ -398,6 +400,100 @@ def test_acceptance_equals_the_published_constants(example: str, k: int) -> None
         alpha("recursive_rejection", k, WOR), alpha("recursive_rejection", 1, WOR, k - 1), alpha("recursive_rejection", 0, DET, k),
     )  # fmt: skip
     assert found == pytest.approx(ROWS[example, k], abs=1e-6)
+
+
+# section 8: i.i.d. draws deduplicated, then RRS without replacement; match on i.i.d. draws; optimal transport without replacement
+MORE_ROWS = {
+    ("A", 2): (0.777778, 0.666667, 1.0),
+    ("B", 2): (0.680000, 0.444000, 0.885714),
+    ("B", 3): (0.744000, 0.577400, 1.0),
+    ("C", 2): (0.640000, 0.370000, 0.744444),
+    ("C", 3): (0.676000, 0.476200, 1.0),
+    ("D", 2): (0.930000, 0.484500, 1.0),
+    ("D", 3): (0.949167, 0.597050, 1.0),
+}
+
+
+def deduplicated(tree: DraftTree) -> DraftTree:
+    return replace_fields(without_duplicates(tree), kind=np.where(tree.kind == IID, np.uint8(WOR), tree.kind))
+
+
+@pytest.mark.parametrize(
+    ("example", "k"), [pytest.param(*row, marks=[pytest.mark.slow] if row == ("D", 3) else []) for row in MORE_ROWS]
+)
+def test_acceptance_equals_the_other_published_constants(example: str, k: int) -> None:
+    p, q = EXAMPLES[example]
+    trees = draft_law(partial(grow, text=PROMPT, drafter=Fixed(*q), widths=(k,)))
+    merged = [(deduplicated(tree), mass) for tree, mass in trees]
+    found = (
+        mean_accepted(step_law(RULES["recursive_rejection"], merged, Fixed(*p))),
+        mean_accepted(step_law(RULES["match"], trees, Fixed(*p))),
+        lp_value(np.array(p), np.array(q), k, replacement=False),  # a bound that no rule here attains in general
+    )
+    assert found == pytest.approx(MORE_ROWS[example, k], abs=1e-6)
+
+
+class FixedDrafter:
+    """A DraftModel whose law is the same after every text."""
+
+    def __init__(self, *probs: float) -> None:
+        self.logits = torch.tensor([probs]).log()
+
+    def grow(self, seqs, guesses) -> tuple[list[Growth], list[torch.Tensor]]:
+        return [Growth(seq.token_ids[-1]) for seq in seqs], [self.logits for _ in seqs]
+
+    def depth_limit(self, seq: Sequence) -> int:
+        return 1
+
+
+def shared_noise_alpha(p, q, k: int, trials: int, apart: bool = False) -> float:
+    """How often `match` accepts one of the k children that DraftedTree drafts with the target's noise; `apart`: with other noise."""
+    builder, accepted = DraftedTree(FixedDrafter(*q)), 0  # type: ignore[arg-type]
+    logits = torch.tensor([p] * (k + 1)).log()
+    for trial in range(trials):
+        seq = Sequence(0, list(PROMPT), SamplingParams(temperature=1.0), Randomness(5, (trial,)))
+        (tree,) = builder.build([seq], [k + 1], [1])
+        assert len(tree) == k + 1 and (tree.kind[1:] == SHARED).all()
+        if apart:
+            seq.randomness = Randomness(6, (trial,))
+        accepted += len(RULES["match"](tree, Law(logits, tree, seq), seq.randomness).nodes) - 1
+    return accepted / trials
+
+
+def error_of(alpha: float, trials: int) -> float:
+    return float(np.sqrt(alpha * (1 - alpha) / trials))
+
+
+@pytest.mark.parametrize(("example", "alpha"), [("B", 0.825), ("C", 0.717), ("D", 0.982)])
+def test_two_drafts_with_shared_noise_are_accepted_as_published(example: str, alpha: float) -> None:
+    """Section 8; the constants are Monte Carlo of 400,000 trials, three digits given."""
+    trials = 4000
+    error = np.hypot(error_of(alpha, trials), error_of(alpha, 400_000))
+    assert abs(shared_noise_alpha(*EXAMPLES[example], 2, trials) - alpha) < 3 * error + 5e-4
+    assert shared_noise_alpha(*EXAMPLES[example], 2, 1000, apart=True) < alpha - 0.1  # with other noise it is not
+
+
+def one_match(p: np.ndarray, q: np.ndarray) -> float:
+    """P(argmax log p + g = argmax log q + g): token x is both where its clock rings before all others under either law."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        both = [np.maximum(p / p[x], q / q[x]).sum() for x in np.flatnonzero((p > 0) & (q > 0))]
+    return float(sum(1 / total for total in both))
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_one_draft_with_shared_noise_is_accepted_as_its_closed_form_says(example: str) -> None:
+    """verification.md 4.5: at least (1 - d) / (1 + d), at most 1 - d, the maximal coupling."""
+    p, q = (np.array(law) for law in EXAMPLES[example])
+    d, expected, trials = np.abs(p - q).sum() / 2, one_match(p, q), 4000
+    assert (1 - d) / (1 + d) - 1e-12 <= expected <= 1 - d + 1e-12
+    found, error = shared_noise_alpha(p.tolist(), q.tolist(), 1, trials), error_of(expected, trials)
+    assert abs(found - expected) < 3 * error and found > (1 - d) / (1 + d) - 3 * error
+
+
+def test_one_draft_with_shared_noise_keeps_its_bound_on_all_instances() -> None:
+    for p, q, _ in instances(200):
+        d = np.abs(p - q).sum() / 2
+        assert (1 - d) / (1 + d) - 1e-12 <= one_match(p, q) <= 1 - d + 1e-12
 
 
 @pytest.mark.parametrize("rule", ["recursive_rejection", "kseq", "optimal_transport", "block", "traversal"])

@@ -14,6 +14,7 @@ vocabulary. Penalties and other processors that look at the text are left to the
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "make_drafter",
 ]  # fmt: skip
 
+logger = logging.getLogger("specdec")
 CATCH_UP = 8  # tokens of the text that are read together with the root; more are prefilled
 
 
@@ -114,6 +116,11 @@ class DraftModel:
         if self._owners[seq.row] != seq.id:
             self._owners[seq.row] = seq.id
             self.cache.lengths[seq.row] = 0
+
+    def trim(self) -> None:
+        """Give back the buffers that long or many texts made grow; no request is under way."""
+        self.cache = self.reader.new_cache(1, 256)
+        self._owners = []
 
     def attach(self, target: TargetModel, cache: KVCache) -> None:
         """The engine's model and cache, for drafters that live on them."""
@@ -288,24 +295,43 @@ def is_own(drafter: Any) -> bool:
     return isinstance(drafter, str) and (drafter == "mtp" or early_exit_layers(drafter) is not None)
 
 
+def _compare_tokenizers(drafter: Any, model: Any, tokenizer: Any, local_files_only: bool) -> None:
+    """Check the drafter's tokenizer against the target's: `tokenizer`, or what lies beside the model; a warning where one is missing.
+
+    Raises:
+        ValueError: as check_tokenizers.
+    """
+    from specdec.models import find_tokenizer
+
+    try:
+        ours = find_tokenizer(getattr(drafter, "name_or_path", ""), local_files_only)
+        theirs = find_tokenizer(getattr(model, "name_or_path", "")) if tokenizer is None else tokenizer
+    except LookupError as missing:
+        logger.warning(
+            "specdec: nobody has checked that the drafter has the model's tokenizer (%s); the text is right even if not, the drafts are not",
+            missing,
+        )
+        return
+    check_tokenizers(ours, theirs)
+
+
 def load_drafter(name: str, model: Any, tokenizer: Any) -> Any:
     """The model of a folder or hub name, in the target's dtype and on its device.
 
     Raises:
-        ValueError: its tokenizer is not the target's, where that one is given.
+        ValueError: its tokenizer is not the target's.
     """
-    from specdec.models import load
+    from specdec.models import load_model
 
-    drafter, own_tokenizer = load(name, next(model.parameters()).dtype, model.device)
-    if tokenizer is not None:
-        check_tokenizers(own_tokenizer, tokenizer)
+    drafter = load_model(name, next(model.parameters()).dtype, model.device)
+    _compare_tokenizers(drafter, model, tokenizer, local_files_only=False)
     return drafter
 
 
 def make_drafter(drafter: Any, model: Any, tokenizer: Any, vocab_size: int, compile: bool = False) -> DraftModel:
     """What Engine's argument `drafter` stands for: a DraftModel, a model, "early_exit:8", "mtp", or a folder or hub name to load.
 
-    A DraftModel is compiled or not as it is.
+    A DraftModel is taken as it is, compiled or not.
 
     Raises:
         ValueError: as early_exit_layers, load_drafter and PredictionHeads; more layers than the model has.
@@ -319,4 +345,7 @@ def make_drafter(drafter: Any, model: Any, tokenizer: Any, vocab_size: int, comp
         from specdec.sources.prediction_heads import PredictionHeads
 
         return PredictionHeads(model, vocab_size)
-    return DraftModel(load_drafter(drafter, model, tokenizer) if isinstance(drafter, str) else drafter, vocab_size, compile)
+    if isinstance(drafter, str):
+        return DraftModel(load_drafter(drafter, model, tokenizer), vocab_size, compile)
+    _compare_tokenizers(drafter, model, tokenizer, local_files_only=True)
+    return DraftModel(drafter, vocab_size, compile)
