@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mock_search import MockModel, drive, grow
-from specdec.search import ROOT, Completion, GenerationError, NodeStatus, Search, SearchConfig
+from specdec.search import ROOT, Completion, GenerationError, NodeStatus, Search, SearchConfig, SearchTree
 from specdec.search.bg_mcts import BgMcts
 from specdec.search.small_budget import STOP, WAIT, SmallBudget
 
@@ -57,6 +57,12 @@ def slow_node(policy: BgMcts) -> int | None:
     return next((leaf for leaf in ranked if fits(leaf)), STOP if answered else deepest(ranked))
 
 
+def slow_leaf(tree: SearchTree) -> int:
+    """The deepest text without an answer, the better-scored of equals, the earlier of these."""
+    texts = [n for n in range(1, len(tree)) if tree.status[n] in ("open", "ended") and tree.kind[n] != "forced"]
+    return max(texts, key=lambda n: (tree.depth[n], tree.q[n], -n), default=ROOT)
+
+
 def squeezed(completion: Completion, least: float) -> Completion:
     """Its score between `least` and 1; at 1, all alike."""
     return completion if completion.score is None else replace(completion, score=least + (1 - least) * completion.score)
@@ -75,6 +81,7 @@ def test_heaps_choose_what_a_look_at_every_node_does(
         found = node(self, *args)  # type: ignore[arg-type]
         compared[0] += 1
         assert found == slow_node(policy)
+        assert policy.tree.best_leaf == slow_leaf(policy.tree)
         return found
 
     monkeypatch.setattr(SmallBudget, "node", checked)
@@ -88,6 +95,9 @@ def test_heaps_choose_what_a_look_at_every_node_does(
                     request = random.Random(len(search.tree)).choice(requests)
                     search.tell(request, squeezed(model(request), least))
             search.resume(200)
+        tree, saved = search.tree, SearchTree.from_dict(search.tree.to_dict())
+        names = ("best_leaf", "score_count", "least", "greatest")
+        assert [getattr(saved, name) for name in names] == [getattr(tree, name) for name in names]
     assert compared[0] > 500
 
 

@@ -31,10 +31,9 @@ from typing import NamedTuple
 from specdec.search.budget import Budget
 from specdec.search.chain_length import ChainLength
 from specdec.search.depth_heaps import DepthHeaps
-from specdec.search.request import Kind
 from specdec.search.search_tree import ROOT, NodeStatus, SearchTree
 
-__all__ = ["STOP", "WAIT", "OpenNodes", "SmallBudget", "best_leaf"]
+__all__ = ["STOP", "WAIT", "OpenNodes", "SmallBudget"]
 
 STOP = -1
 WAIT = -2
@@ -120,12 +119,6 @@ class _Scale(NamedTuple):
         if self.least == self.greatest:
             return 1.0
         return min(1.0, max(0.0, (score - self.least) / (self.greatest - self.least)))  # unscored ones may lie outside
-
-
-def best_leaf(tree: SearchTree) -> int:
-    """Where a forced answer goes: the deepest text without an answer, the better-scored of equals; 0: there is none."""
-    texts = (NodeStatus.OPEN, NodeStatus.ENDED)
-    return _deepest(tree, [n for n in range(1, len(tree)) if tree.status[n] in texts and tree.kind[n] != Kind.FORCED])
 
 
 def _deepest(tree: SearchTree, nodes: list[int]) -> int:
