@@ -145,7 +145,7 @@ def ablations() -> dict[str, Variant]:
         "backtrack always": _small(backtrack=math.inf),
         "no backtrack": plain,
         "single chain below 1.2": _small(single_chain=1.2),
-        "no first dive": _small(first_dive=0),
+        "scores unscaled": _small(rescale=math.inf),
         "no finish": _small(finish=0),
         "told the length": _shared(_bg(), length=TRUE_LENGTH),
         "width 4": replace(_bg(), width=4),

@@ -117,7 +117,7 @@ def test_without_backtrack_the_papers_selection_decides(monkeypatch: pytest.Monk
 
 
 def test_a_single_chain_is_one_answer() -> None:
-    search = Search(BgMcts(small=SmallBudget(single_chain=2.0)), 900)
+    search = Search(BgMcts(small=SmallBudget(single_chain=3.0)), 900)
     solve(search, Reasoner(Problem(7, 8, 0.9)))
     assert search.tree.answered_count == 1 and search.result().used < 700 and len(search.tree) == 9
 

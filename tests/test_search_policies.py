@@ -81,6 +81,15 @@ class TestSmallBudget:
         search.tree.reserve(1, Kind.STEP)
         assert self.choice(search) == WAIT
 
+    def test_no_dive_where_backtrack_decides(self) -> None:
+        both = SmallBudget(first_dive=3, backtrack=2, finish=0)
+        assert self.choice(self.search(79, both, [(0, 0.1), (1, 0.1)])) == ROOT  # two chains do not fit
+        assert self.choice(self.search(81, both, [(0, 0.1), (1, 0.1)])) == 2
+
+    def test_a_single_chain_comes_first(self) -> None:
+        single = SmallBudget(single_chain=1.2, backtrack=8)
+        assert self.choice(self.search(47, single, [(0, 0.1), (1, 0.1)])) == 2
+
     def test_backtrack(self) -> None:
         """The example of the module: .9, .9, .1, .1 is taken up again after the second."""
         rule = SmallBudget(first_dive=0, backtrack=8, finish=0)

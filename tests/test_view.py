@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from specdec.search import Completion, Result, Search, SearchTree
+from mock_search import MockModel
+from specdec.search import Completion, Result, Search, SearchConfig, SearchTree
 from specdec.search.layout import tree_layout
 from specdec.search.plot import write_plot
 from specdec.search.progress import Event, Progress, event_of
 from specdec.search.view import node_records, to_html, write_html
+from specdec.search.vote import rank_answers
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 HOSTILE = "</script><script>document.title='owned'</script><!--<script> <img src=x onerror=\"document.title='owned'\"> @@DATA@@ \u2028 世界 \ud800"
@@ -233,6 +235,33 @@ def test_events_follow_the_search() -> None:
     assert [event.node for event in events[:-1]] == sorted(range(1, len(events)))
     assert events[-1].status == search.result().status and events[-1].nodes == len(search.tree) - 1
     assert all(event.used <= event.budget == 600 for event in events)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("model", [MockModel(1, unscored=0.1, repeat=0.3), MockModel(2, answer=0.0), MockModel(3, unscored=0.6)])
+def test_answers_read_late_are_those_of_the_event(model: MockModel) -> None:
+    """After the end, of searches with requests in flight, without an answer, or handed over to a vote, each against what was found then."""
+    search = Search("bg_mcts", 400, config=SearchConfig(step_tokens=20, max_failures=2))
+    events, then = [], []
+    while requests := search.outstanding() or search.ask(3):
+        request = random.Random(len(search.tree)).choice(requests)
+        search.tell(request, model(request))
+        events.append(event_of(search, request.node))
+        then.append((search.result(), tuple(rank_answers(search.tree, "majority" if search.notes else "auto"))))
+    assert len(events) > 20 and len({(result.node, result.answers) for result, _ in then}) > 3
+    for event, (result, ranked) in zip(events, then):
+        assert event.answers == result.answers == ranked
+        assert event.steps == tuple(search.tree.steps(result.node))
+
+
+def test_an_event_ranks_nothing_until_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    import specdec.search.search as module
+
+    ranked = [0]
+    monkeypatch.setattr(module, "rank_answers", lambda *args: ranked.append(1) or rank_answers(*args))
+    _, events = grown()
+    assert len(events) > 20 and sum(ranked) == 1  # for the status of the last
+    assert events[-1].answers == events[-1].answers and sum(ranked) == 2
 
 
 def watched(events: list[Event], terminal: bool) -> str:

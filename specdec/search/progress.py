@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from specdec.search.request import Answer, Result, Status
+from specdec.search.request import Answer, Status
 
 if TYPE_CHECKING:
     from specdec.search.search import Search
+    from specdec.search.search_tree import SearchTree
 
 __all__ = ["Event", "Progress", "event_of", "one_line"]
 
@@ -35,9 +37,15 @@ _ANSWERS, _STEPS = 5, 6  # shown
 _PAUSE = 5.0  # seconds between two lines without a terminal
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Event:
-    """The state of a search after one request was told."""
+    """The state of a search after one request was told.
+
+    Attributes:
+        answers: so far, best first. These and the steps are worked out when they are first read, whatever has been told since, so that
+            an event that nobody looks at costs nothing.
+        steps: texts of the best path.
+    """
 
     problem: str | int  # which of several searches
     used: int
@@ -46,20 +54,28 @@ class Event:
     node: int  # that was told; 0 at the beginning and at the end
     text: str  # of that node
     score: float | None
-    answers: tuple[Answer, ...]  # so far, best first
-    steps: tuple[str, ...]  # texts of the best path
     notes: tuple[str, ...]
-    status: Status | None = None  # at the end
+    status: Status | None  # at the end
+    _tree: SearchTree = field(repr=False, compare=False)
+    _leaf: int = field(repr=False, compare=False)  # the best path's end where there is no answer
+    _ranked: Callable[[], list[Answer]] = field(repr=False, compare=False)
+
+    @cached_property
+    def answers(self) -> tuple[Answer, ...]:
+        return tuple(self._ranked())
+
+    @cached_property
+    def steps(self) -> tuple[str, ...]:
+        return tuple(self._tree.steps(self.answers[0].node if self.answers else self._leaf))
 
 
 def event_of(search: Search, node: int = 0, problem: str | int = 0, final: bool = False) -> Event:
     """The event after `node` was told."""
-    result: Result = search.result()
-    tree = search.tree
+    tree, budget = search.tree, search.budget
     return Event(
-        problem, result.used, search.budget.total, len(tree) - 1 - search.budget.in_flight, node, tree.text[node],
-        None if node == 0 or tree.unscored[node] else tree.q[node], result.answers, tuple(tree.steps(result.node)), result.notes,
-        result.status if final else None,
+        problem, budget.used, budget.total, len(tree) - 1 - budget.in_flight, node, tree.text[node],
+        None if node == 0 or tree.unscored[node] else tree.q[node], tuple(search.notes),
+        search.result().status if final else None, tree, tree.best_leaf, search.ranking(),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from specdec.search.chain_length import ChainLength
 from specdec.search.config import SearchConfig
 from specdec.search.journal import Journal, read_snapshot
 from specdec.search.policies import make_policy
-from specdec.search.request import Completion, Finish, GenerationError, Kind, Policy, Request, Result, Status
+from specdec.search.request import Answer, Completion, Finish, GenerationError, Kind, Policy, Request, Result, Status
 from specdec.search.search_tree import ROOT, Closed, NodeStatus, SearchTree, add_piece
-from specdec.search.small_budget import best_leaf
 from specdec.search.vote import rank_answers
 
 __all__ = ["Search"]
@@ -188,9 +188,8 @@ class Search:
 
     def result(self) -> Result:
         """What has been found so far."""
-        rule = "majority" if self._fallen_back else self.config.answer_rule
-        answers = rank_answers(self.tree, rule, self.config.chain_score)
-        node = answers[0].node if answers else best_leaf(self.tree)
+        answers = self.ranking()()
+        node = answers[0].node if answers else self.tree.best_leaf
         tree, budget = self.tree, self.budget
         return Result(
             status=self._status(node, bool(answers)),
@@ -207,6 +206,11 @@ class Search:
             tree=tree,
             notes=tuple(self.notes),
         )
+
+    def ranking(self) -> Callable[[], list[Answer]]:
+        """Ranks the answers of now, best first, whenever it is called: a node that was told never changes."""
+        rule = "majority" if self._fallen_back else self.config.answer_rule
+        return partial(rank_answers, self.tree, rule, self.config.chain_score, len(self.tree.answered))
 
     def state(self) -> dict[str, Any]:
         """The whole search as JSON types."""
@@ -259,7 +263,7 @@ class Search:
 
     def _force(self) -> Request | None:
         """The forced answer: once, at the very end, where there is no answer."""
-        leaf = best_leaf(self.tree)
+        leaf = self.tree.best_leaf
         most = min(self.config.forced_tokens, self.budget.unreserved, self._room(leaf, Kind.FORCED))
         if self._forced or self.tree.answered or leaf == ROOT or not self.budget.reserve or most < 1:
             return None

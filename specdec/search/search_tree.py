@@ -151,7 +151,11 @@ class SearchTree:
         self.answered: list[int] = []  # nodes that hold an answer
         self.answered_count = self.answered_depths = 0  # of these, without the forced ones; sum of their chain depths
         self.step_count = self.step_tokens = self.full_count = self.full_tokens = 0  # told texts by unit, and their tokens
+        self.score_count, self.least, self.greatest = 0, 1.0, 0.0  # the evaluator's scores and their range
         self.deepest = 0
+        self.best_leaf = (
+            ROOT  # the deepest text without an answer, the better-scored of equals, then the earlier; 0: there is none
+        )
         self.closed_count = 0  # nodes closed
         self.depth_limit = _INFINITY
         self._twins: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -247,11 +251,13 @@ class SearchTree:
         self.truncated[node] = completion.finish == Finish.LENGTH
         self.unscored[node] = score is None
         self.q[node] = self.q[parent] if score is None else score
+        self._count_score(node)
         kind = self.kind[node]
         self.full[node] = kind == Kind.FULL or (self.full[parent] and kind in (Kind.REFINE, Kind.CONTINUE))
         above = 0 if self.status[parent] == NodeStatus.ANSWERED else self.depth[parent]
         self.depth[node] = above + (kind not in (Kind.CONTINUE, Kind.FORCED))
         self.deepest = max(self.deepest, self.depth[node])
+        self._rank_leaf(node)
         if status == NodeStatus.ANSWERED:
             self._count_answer(node, completion.answer)
         if kind == Kind.FORCED:  # a way out of the search, not a part of it
@@ -340,6 +346,17 @@ class SearchTree:
         self.path_cues[node] = self.path_cues[parent] + (self.kind[node] == Kind.REFINE)
         self._twins.setdefault((parent, self.token_ids[node]), node)
 
+    def _count_score(self, node: int) -> None:
+        if not self.unscored[node]:
+            self.score_count += 1
+            self.least, self.greatest = min(self.least, self.q[node]), max(self.greatest, self.q[node])
+
+    def _rank_leaf(self, node: int) -> None:
+        if self.status[node] in (NodeStatus.OPEN, NodeStatus.ENDED) and self.kind[node] != Kind.FORCED:
+            ranks = [(self.depth[each], self.q[each], -each) for each in (node, self.best_leaf)]
+            if self.best_leaf == ROOT or ranks[0] > ranks[1]:
+                self.best_leaf = node
+
     def _count_answer(self, node: int, answer: str | None) -> None:
         self.answer[node] = answer
         self.answered.append(node)
@@ -412,8 +429,11 @@ class SearchTree:
             if tree.status[node] == NodeStatus.PENDING:
                 tree.pending[tree.parent[node]] += 1
                 tree._count_virtual(tree.parent[node], 1)
-            elif tree.status[node] != NodeStatus.DROPPED and tree.kind[node] != Kind.FORCED:
-                tree._link(node)
+            elif tree.status[node] != NodeStatus.DROPPED:
+                tree._count_score(node)
+                tree._rank_leaf(node)
+                if tree.kind[node] != Kind.FORCED:
+                    tree._link(node)
         tree.answered = [node for node in range(1, count) if tree.status[node] == NodeStatus.ANSWERED]
         return tree
 

@@ -4,16 +4,21 @@ Step-wise search answers nothing where the budget holds less than about two chai
 estimated as `ChainLength` says), each rule off where its factor is 0::
 
     B < single_chain * L    one chain, and nothing after it
-    B < first_dive * L      follow one chain to its end before anything else
-    B < backtrack * L       then always extend, among the nodes that fit, the one that promised most and kept least:
+    B < backtrack * L       always extend, among the nodes that fit, the one that promised most and kept least:
                             q(x) * (1 - the best mean q of a subtree below x); q of the prompt is 1, nothing below counts 0
+    B < first_dive * L      else follow one chain to its end before anything else
     left <= finish * cost   else, at the end: complete the best open leaf that fits; cost = tokens to finish the best one
 
 A node fits where finishing a chain from it costs at most slack * what is left. If nothing fits, the search stops where there is an
 answer, and goes on with the deepest leaf where there is none. Example of `backtrack`: below the prompt a chain of q = .9, .9, .1, .1;
 the second node promised .9 and its subtree below has mean .1, so .81; the first has .9 * (1 - .37); a second third step is drawn.
+From `rescale` scores on, q is where a score lies between the least and the greatest so far (1 where all are equal), so that an
+evaluator which says .9 for wrong and 1 for right is understood: .99, .99, .91, .91 is then the chain above. The range of fewer scores
+says little.
+
 `backtrack` is in neither the paper nor search.md, and while it is on it takes every decision: BG-MCTS's own selection begins at
-8 L. On the synthetic reasoner it is worth more than every other rule; `python -m bench.controller` has the rows without it.
+8 L, and no dive comes before it, which would cost 9 points at 1,200 tokens. On the synthetic reasoner it is worth more than every
+other rule; `python -m bench.controller` has the rows without it.
 `single_chain` (search.md: 1.2) is off: what it would leave unspent finds answers (`--ablation`).
 """
 
@@ -21,14 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from specdec.search.budget import Budget
 from specdec.search.chain_length import ChainLength
 from specdec.search.depth_heaps import DepthHeaps
-from specdec.search.request import Kind
 from specdec.search.search_tree import ROOT, NodeStatus, SearchTree
 
-__all__ = ["STOP", "WAIT", "OpenNodes", "SmallBudget", "best_leaf"]
+__all__ = ["STOP", "WAIT", "OpenNodes", "SmallBudget"]
 
 STOP = -1
 WAIT = -2
@@ -41,6 +46,7 @@ class SmallBudget:
     single_chain: float = 0.0
     first_dive: float = 3.0
     backtrack: float = 8.0
+    rescale: float = 10
     finish: float = 1.3
     slack: float = 1.1
 
@@ -49,12 +55,13 @@ class SmallBudget:
         call, saves a look at every node."""
         open_nodes = open_nodes or OpenNodes(tree)
         chains = budget.total / length.chain(tree)
+        dive = self.single_chain if chains < self.backtrack else max(self.first_dive, self.single_chain)
         if chains < self.single_chain and tree.answered_count:
             return WAIT if tree.virtual[ROOT] else STOP
-        if chains < max(self.first_dive, self.single_chain) and not tree.answered_count and not tree.closed_count:
+        if chains < dive and not tree.answered_count and not tree.closed_count:
             return WAIT if tree.virtual[ROOT] else _deepest(tree, tree.open_leaves())
         if chains < self.backtrack:
-            return self._backtrack(tree, budget, length, open_nodes.by_regret)
+            return self._backtrack(tree, budget, length, open_nodes.by_regret(self.rescale))
         return self._finish(tree, budget, length, open_nodes.leaves)
 
     def _backtrack(self, tree: SearchTree, budget: Budget, length: ChainLength, by_regret: DepthHeaps) -> int:
@@ -88,14 +95,30 @@ class OpenNodes:
     """The nodes of one tree that these rules choose from, best first."""
 
     def __init__(self, tree: SearchTree) -> None:
-        self.by_regret = DepthHeaps(tree, lambda node: (-_regret(tree, node),), lambda node: _extensible(tree, node))
+        self._tree = tree
+        self._scale: _Scale | None = None
         self.leaves = DepthHeaps(tree, lambda node: (-tree.q[node], tree.tokens[node]), lambda node: _is_leaf(tree, node))
 
+    def by_regret(self, rescale: float) -> DepthHeaps:
+        """Made anew with the scale, which all regrets depend on: seldom, the more scores there are."""
+        tree = self._tree
+        scale = _Scale(tree.least, tree.greatest) if tree.score_count >= rescale else _Scale()
+        if scale != self._scale:
+            self._scale = scale
+            self._by_regret = DepthHeaps(tree, lambda node: (-_regret(tree, node, scale),), lambda node: _extensible(tree, node))
+        return self._by_regret
 
-def best_leaf(tree: SearchTree) -> int:
-    """Where a forced answer goes: the deepest text without an answer, the better-scored of equals; 0: there is none."""
-    texts = (NodeStatus.OPEN, NodeStatus.ENDED)
-    return _deepest(tree, [n for n in range(1, len(tree)) if tree.status[n] in texts and tree.kind[n] != Kind.FORCED])
+
+class _Scale(NamedTuple):
+    """The range of scores that stands for 0 to 1."""
+
+    least: float = 0.0
+    greatest: float = 1.0
+
+    def __call__(self, score: float) -> float:
+        if self.least == self.greatest:
+            return 1.0
+        return min(1.0, max(0.0, (score - self.least) / (self.greatest - self.least)))  # unscored ones may lie outside
 
 
 def _deepest(tree: SearchTree, nodes: list[int]) -> int:
@@ -115,7 +138,7 @@ def _is_leaf(tree: SearchTree, node: int) -> bool:
     return node != ROOT and _open_text(tree, node) and not tree.children[node] and not tree.pending[node]
 
 
-def _regret(tree: SearchTree, node: int) -> float:
+def _regret(tree: SearchTree, node: int, scale: _Scale) -> float:
     """What a node promised and its subtree did not keep, in [0, 1]."""
-    below = max((tree.sum_q[child] / tree.visits[child] for child in tree.children[node]), default=0.0)
-    return (1.0 if node == ROOT else tree.q[node]) * (1.0 - below)
+    below = max((scale(tree.sum_q[child] / tree.visits[child]) for child in tree.children[node]), default=0.0)
+    return (1.0 if node == ROOT else scale(tree.q[node])) * (1.0 - below)

@@ -33,12 +33,13 @@ def chain_score(tree: SearchTree, node: int, how: str = "last") -> float:
     return CHAIN_SCORES[how]([tree.q[each] for each in tree.step_ends(node)])
 
 
-def rank_answers(tree: SearchTree, rule: str = "auto", how: str = "last") -> list[Answer]:
+def rank_answers(tree: SearchTree, rule: str = "auto", how: str = "last", first: int | None = None) -> list[Answer]:
     """The classes of equal answers, best first. Ties: more votes, then the better single node, then the earlier one.
 
-    "auto" is the weighted vote where there are three answers or more, else the best.
+    "auto" is the weighted vote where there are three answers or more, else the best. `first`: of the first so many that were told.
     """
-    nodes = sorted(node for node in tree.answered if tree.kind[node] != Kind.FORCED) or sorted(tree.answered)
+    answered = tree.answered[:first]
+    nodes = sorted(node for node in answered if tree.kind[node] != Kind.FORCED) or sorted(answered)
     scores = {node: chain_score(tree, node, how) for node in nodes}
     classes: dict[str, list[int]] = defaultdict(list)
     for node in nodes:
