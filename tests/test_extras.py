@@ -24,7 +24,7 @@ NEEDS = {  # what a user imports or calls, and what the message names
     "from specdec.search.plot import write_plot; write_plot(found, 'tree.svg')": "specdec[reason]",
 }
 BEHIND = (  # parts of what names the extra: of the server's app, and of the process that reads mathematics
-    "specdec.search.math_forms", "specdec.serve.answers", "specdec.serve.gate", "specdec.serve.metrics", "specdec.serve.protocol",
+    "specdec.search.math_forms", "specdec.serve.answers", "specdec.serve.gate", "specdec.serve.listener", "specdec.serve.metrics", "specdec.serve.protocol",
     "specdec.serve.searches", "specdec.serve.warm_state",
 )  # fmt: skip
 CODE = """

@@ -794,7 +794,7 @@ def test_the_command_listens_to_this_machine_alone_unless_told(
 
     monkeypatch.setattr("specdec.serve.listener.Listener", Idle)
     monkeypatch.setattr("specdec.serve.cli.load_engine", lambda *args: make_engine())
-    monkeypatch.setattr(app_module, "make_app", lambda engine, name, limits, key: seen.append(limits))
+    monkeypatch.setattr(app_module, "make_app", lambda engine, name, limits, key, **warm: seen.append(limits))
     result = CliRunner().invoke(cli.app, ["serve", *options, "--max-prompt", "7", "--max-samples", "3", "--stall", "5"])
     assert result.exit_code == 0, result.output
     assert seen == [Limits(prompt_tokens=7, samples=3, stall=5.0), (host, 8000, 30, 1000, 5.0, None)]

@@ -19,8 +19,8 @@ from specdec.serve.scheduler import Closed, Ended, Event, Failed, Job, Scheduler
 __all__ = ["Guest", "Stopped"]
 
 
-class Stopped(Exception):
-    """The search must end. Attribute `reason`: as in `Failed`."""
+class Stopped(BaseException):
+    """The search must end: no failure of a model or an evaluator, which would be tried again. Attribute `reason`: as in `Failed`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
