@@ -20,10 +20,10 @@ from specdec.trees.evidence import BUCKETS, CONTEXTS, SOURCES, Evidence, context
 __all__ = ["Calibration", "initial", "learn", "score"]
 
 DECAY = 0.998  # of a bucket's counts, at each of its own trials
-PRIOR = 4.0  # trials that the starting values count as
-RATE = 0.02  # step of the weights
+PRIOR = 16.0  # trials that the starting values count as
+RATE = 0.005  # step of the weights
 CENTRE = 3.0  # minus the log-odds of 1 in 20
-LEAST = 0.0005  # opinions are clipped to LEAST .. 1 - LEAST
+LEAST = 0.003  # opinions are clipped to LEAST .. 1 - LEAST
 WEIGHTS = (0.3, 0.45, 0.0, 0.4, 0.5, 0.25, 0.2, -1.4)  # start; the last is w0
 
 
