@@ -32,6 +32,7 @@ from specdec.pacing import Pacer
 from specdec.prefix_backend import FlashAttention
 from specdec.randomness import Randomness, draw_seed
 from specdec.sampling import Law, build_processor
+from specdec.segments import BLOCK, TextStore
 from specdec.sequence import SamplingParams, Sequence
 from specdec.sources.draft_model import DraftModel, make_drafter
 from specdec.target import TargetModel
@@ -200,12 +201,14 @@ class Engine:
             results = [self._result(seq) for seq in sequences]
         return results[0] if single and len(results) == 1 else results
 
-    def score(self, token_ids: Seq[int], start: int = 1) -> TextScore:
-        """Read a text without generating: one prefill, in chunks, with K/V of its own.
+    def score(self, token_ids: Seq[int], start: int = 1, store: TextStore | None = None) -> TextScore:
+        """Read a text without generating: one prefill, in blocks, with K/V of its own.
 
         Args:
             token_ids: prompt and text.
             start: log-probabilities are given from this place on, 1 <= start <= len(token_ids).
+            store: K/V of texts that were read, of the same weights: what this text begins with is taken from there, what is new is
+                left there. The score is the same to the bit.
 
         Raises:
             ValueError: no tokens, ids outside the vocabulary, a text longer than the context, `start` outside.
@@ -214,23 +217,30 @@ class Engine:
         self._check_prompt(ids, SamplingParams(max_new_tokens=1))
         if not 1 <= start <= len(ids):
             raise ValueError(f"start must be in [1, {len(ids)}], the number of tokens, got {start}")
-        wanted = torch.tensor(ids[1:])
+        first = min(start, len(ids)) - 1  # whose logits are wanted
         logprobs: list[float] = []
         last: list[torch.Tensor] = []
 
-        def observe(offset: int, logits: torch.Tensor) -> None:
-            rows = slice(max(start - 1 - offset, 0), max(min(len(logits), len(ids) - 1 - offset), 0))
-            if len(scored := logits[rows].float()):
-                following = wanted[offset + rows.start : offset + rows.stop, None].to(scored.device)
-                logprobs.extend((scored.gather(1, following)[:, 0] - scored.logsumexp(-1)).tolist())
+        def observe(place: int, logits: torch.Tensor) -> None:
+            following = ids[read + place + 1 : read + place + 1 + len(logits)]
+            if start < len(ids) and following:
+                scored = logits[: len(following)].float()
+                chosen = scored.gather(1, torch.tensor(following, device=scored.device)[:, None])[:, 0]
+                logprobs.extend((chosen - scored.logsumexp(-1)).tolist())
             last[:] = [logits[-1].clone()]
 
+        if self.target.rope.past(len(ids)):  # the whole text has frequencies of its own
+            store = None
         with self._lock:
             listener, self.target.hidden_listener = self.target.hidden_listener, None  # its cache has no such row
+            cache = self.target.new_cache(1, len(ids) + 1)
+            read = store.load(ids[:first], cache) if store is not None else 0
             try:
-                self.target.prefill(self.target.new_cache(1, len(ids) + 1), 0, ids, observe)
+                self.target.prefill(cache, 0, ids[read:], observe, first - read, BLOCK)
             finally:
                 self.target.hidden_listener = listener
+            if store is not None:
+                store.save(ids[:first], cache)
         return TextScore(logprobs, last[0])
 
     def stream(self, prompt: Any, params: SamplingParams | None = None) -> Iterator[str]:

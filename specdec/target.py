@@ -330,23 +330,30 @@ class TargetModel:
         return self._run(cache, batch, torch.from_numpy(tokens), torch.from_numpy(positions), 0)
 
     def prefill(
-        self, cache: KVCache, row: int, token_ids: Seq[int], observe: Callable[[int, torch.Tensor], None] | None = None
+        self,
+        cache: KVCache,
+        row: int,
+        token_ids: Seq[int],
+        observe: Callable[[int, torch.Tensor], None] | None = None,
+        first: int = 0,
+        chunk: int | None = None,
     ) -> None:
         """Commit a prompt's tokens to `row`, chunk by chunk through causal attention.
 
         Args:
             token_ids: tokens to append to what the row holds (the prompt without its last token).
-            observe: called with (offset of the chunk in token_ids, logits [n, V]) after every chunk; None: no logits are computed
-                beyond the last position.
+            observe: called with (place in token_ids, logits [n, V] from there on) after every chunk that reaches beyond `first`; None:
+                no logits are computed but a chunk's last.
+            first: place in token_ids before which logits are not wanted, nor computed.
+            chunk: tokens a forward; None: PREFILL_CHUNK.
         """
         base = cache.lengths[row]
         crosses = self.rope.kind is not None and base + len(token_ids) + 1 > self.rope.threshold
-        chunk = (
-            len(token_ids) if crosses else PREFILL_CHUNK
-        )  # one choice of frequencies for the whole prompt, as transformers does
-        for start in range(0, len(token_ids), max(chunk, 1)):
-            piece = list(token_ids[start : start + chunk])
-            self._chunk(cache, row, piece, start, observe, crosses)
+        # one choice of frequencies for the whole prompt, as transformers does
+        size = len(token_ids) if crosses else chunk or PREFILL_CHUNK
+        for start in range(0, len(token_ids), max(size, 1)):
+            piece = list(token_ids[start : start + size])
+            self._chunk(cache, row, piece, start, observe, first, crosses)
 
     def _chunk(
         self,
@@ -355,6 +362,7 @@ class TargetModel:
         piece: list[int],
         offset: int,
         observe: Callable[[int, torch.Tensor], None] | None,
+        first: int,
         crosses: bool,
     ) -> None:
         # Whether a prompt is past the threshold is decided by its last token, the root, which is not in this chunk: an uncommitted
@@ -364,12 +372,14 @@ class TargetModel:
         start = cache.starts[0]
         batch = TreeBatch(cache.starts, None, [len(tokens)], self.device)
         positions = torch.arange(start, start + len(tokens))[None]
-        logits = self._run(cache, batch, torch.tensor([tokens]), positions, 0 if observe else 1)
+        wanted = min(len(piece), offset + len(piece) - first) if observe else 0
+        keep = wanted + len(tokens) - len(piece) if wanted > 0 else 1
+        logits = self._run(cache, batch, torch.tensor([tokens]), positions, keep)
         cache.commit(row, range(len(piece)))
         if self.hidden_listener is not None and self.hidden is not None:
             self.hidden_listener(row, self.hidden[0, : len(piece)])
-        if observe:
-            observe(offset, logits[0, : len(piece)])
+        if observe and wanted > 0:
+            observe(offset + len(piece) - wanted, logits[0, :wanted])
 
     @property
     def dtype(self) -> torch.dtype:

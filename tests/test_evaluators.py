@@ -40,6 +40,7 @@ from specdec.search.evaluators import (
 )  # fmt: skip
 from specdec.search.model_evaluators import LogProbability, RewardModel, Rollouts, SelfConsistency, YesNo
 from specdec.search.prompts import Prompts
+from specdec.segments import BLOCK, TextStore
 from worker_functions import Priced, slow_evaluator
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------------------
@@ -402,13 +403,54 @@ def test_engine_score_is_a_plain_forward(name: str, length: int) -> None:
     torch.testing.assert_close(torch.tensor(scored.logprobs), plain_logprobs(model, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_engine_score_in_chunks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.target.PREFILL_CHUNK", 7)
+def test_engine_score_in_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.engine.BLOCK", 7)
     ids = [(5 * i + i * i) % 251 for i in range(40)]
     expected = plain_logprobs(engine.target.model, ids)
     for start in (1, 6, 7, 8, 30, 39, 40):
         scored = engine.score(ids, start)
         torch.testing.assert_close(torch.tensor(scored.logprobs), expected[start - 1 :], rtol=1e-4, atol=1e-4)
+
+
+def branches(blocks: int) -> list[list[int]]:
+    """Texts that begin alike, of about so many blocks, in an order that asks for old ones again."""
+    trunk = [(5 * i + i * i) % 251 for i in range(BLOCK * blocks)]
+    cuts = (BLOCK, BLOCK - 1, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 30, len(trunk), 3, BLOCK + 1, len(trunk) - 1)
+    return [[*trunk[:cut], cut % 251, 7, 9] for cut in cuts]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "phi3_longrope"])
+@pytest.mark.parametrize("megabytes", [256.0, 0.12, 0.0])
+def test_a_kept_beginning_changes_no_bit_of_a_score(name: str, megabytes: float) -> None:
+    model = tiny_models.build(name)
+    engine, store = Engine(model, method="none"), TextStore(megabytes)
+    for ids in branches(3):
+        ids = [token % 97 for token in ids][: engine.target.max_positions - 1]
+        for start in {1, max(1, len(ids) - 5), len(ids)}:
+            kept, plain = engine.score(ids, start, store), engine.score(ids, start)
+            assert kept.logprobs == plain.logprobs
+            assert torch.equal(kept.logits, plain.logits)
+
+
+def test_a_score_reads_what_is_new_and_makes_the_logits_that_it_needs(engine: Engine) -> None:
+    model = engine.target.model
+    read: list[int] = []
+    made: list[int] = []
+    hooks = [
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].shape[1])),
+        model.get_output_embeddings().register_forward_hook(lambda module, args, output: made.append(args[0].shape[1])),
+    ]
+    text = [(3 * i + i * i) % 251 for i in range(2 * BLOCK + 20)]
+    store = TextStore()
+    engine.score(text, len(text), store)
+    assert (sum(read), sum(made)) == (len(text), 3)  # a forward gives one row of logits at least
+    read.clear()
+    made.clear()
+    scored = engine.score([*text[:-10], 1, 2, 3], len(text) - 10, store)
+    assert len(scored.logprobs) == 3
+    assert (sum(read), sum(made)) == (13, 4)
+    for hook in hooks:
+        hook.remove()
 
 
 @pytest.mark.parametrize(("ids", "start"), [([], 1), ([1, 2], 0), ([1, 2], 3), ([300], 1), ([1] * 3000, 1)])

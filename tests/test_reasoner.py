@@ -21,8 +21,8 @@ from specdec.search.reasoner import Problem, Reasoner
 from specdec.search.request import Kind, Result, Status
 from specdec.search.search import Search, SearchConfig
 from specdec.search.search_tree import SearchTree
-from specdec.search.segments import SegmentStore
 from specdec.search.steps import Tokens
+from specdec.segments import SegmentStore
 from specdec.sequence import SamplingParams
 
 PROMPTS = Prompts(problem="$problem", prefill="Step 1:")

@@ -15,6 +15,7 @@ import torch
 from specdec.search.answers import AnswerFormat
 from specdec.search.evaluators import Item, Score
 from specdec.search.prompts import JUDGE
+from specdec.segments import TextStore
 
 if TYPE_CHECKING:
     from specdec.engine import Engine
@@ -30,17 +31,21 @@ class LogProbability:
         engine: with a tokenizer.
         encode: problem -> token ids of the prompt (`Prompts.encode`); None: the problem as a chat, or as text.
         whole: of all steps instead of the newest.
+
+    It keeps the K/V of what it has read (256 MB at most), as the judge does: chains of one problem begin alike. An evaluator is for one
+    set of weights, therefore.
     """
 
     engine: Engine
     encode: Callable[[Any], list[int]] | None = None
     whole: bool = False
+    _read: TextStore = field(init=False, repr=False, compare=False, default_factory=TextStore)
 
     def __call__(self, problem: Any, steps: Seq[str]) -> Score:
         ids, start = self._ids(problem, steps)
         if start == len(ids):
             raise ValueError("there is no step to score, or the newest is empty")
-        scored = self.engine.score(ids, start)
+        scored = self.engine.score(ids, start, self._read)
         return Score(math.exp(sum(scored.logprobs) / len(scored.logprobs)), len(ids))
 
     def cost(self, problem: Any, steps: Seq[str]) -> int:
@@ -82,9 +87,10 @@ class YesNo:
     @classmethod
     def of(cls, engine: Engine, template: str = JUDGE, yes: Seq[str] = ("Yes", "yes"), no: Seq[str] = ("No", "no")) -> YesNo:
         """Judged by the model of an engine."""
+        read = TextStore()
         yes_ids, no_ids = _first_tokens(engine.tokenizer, yes), _first_tokens(engine.tokenizer, no)
         return cls(
-            lambda ids: engine.score(ids, len(ids)).logits,
+            lambda ids: engine.score(ids, len(ids), read).logits,
             lambda text: engine.encode([{"role": "user", "content": text}]),
             tuple(yes_ids - no_ids),  # a token of white space alone begins both
             tuple(no_ids - yes_ids),

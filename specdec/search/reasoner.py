@@ -26,8 +26,8 @@ from specdec.search.prompts import Prompts
 from specdec.search.request import Completion, Finish, GenerationError, Request, Result
 from specdec.search.search import Search
 from specdec.search.search_tree import ROOT, NodeStatus, SearchTree
-from specdec.search.segments import PathStore, SegmentStore
 from specdec.search.steps import StepRule
+from specdec.segments import PathStore, SegmentStore
 from specdec.sequence import SamplingParams, Sequence
 
 __all__ = ["Problem", "Reasoner"]

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 from typing import Any
 
 from specdec.engine import Engine, TextScore
+from specdec.segments import TextStore
 from specdec.sequence import SamplingParams, Sequence
 from specdec.serve.scheduler import Closed, Ended, Event, Failed, Job, Scheduler
 
@@ -96,13 +97,13 @@ class Guest:
         results = events[-1].results
         return results[0] if len(results) == 1 else results
 
-    def score(self, token_ids: Seq[int], start: int = 1) -> TextScore:
+    def score(self, token_ids: Seq[int], start: int = 1, store: TextStore | None = None) -> TextScore:
         """As Engine.score.
 
         Raises:
             Closed: the scheduler is.
         """
-        return self._scheduler.call(lambda: self._scheduler.engine.score(token_ids, start))
+        return self._scheduler.call(lambda: self._scheduler.engine.score(token_ids, start, store))
 
     # ---- from any thread
 
