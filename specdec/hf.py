@@ -37,6 +37,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specdec.draft_tree import Verdict
 from specdec.engine import Engine
 from specdec.kv_cache import CACHE_ARGUMENTS
+from specdec.nucleus import with_fast_top_p
 from specdec.randomness import Randomness, draw_seed
 from specdec.sampling import Law
 from specdec.sequence import SamplingParams, Sequence
@@ -365,6 +366,8 @@ def _left_padding(input_ids: torch.Tensor, mask: torch.Tensor | None, position_i
 
 def _row_processors(processors: Any, row: int, rows: int, samples: int) -> Any:
     """The processors as one row sees them: transformers calls them once for the batch, specdec once a row and token."""
+    if type(processors) is LogitsProcessorList:
+        processors = with_fast_top_p(processors)
     if not processors or rows == 1:
         return processors or None
     return LogitsProcessorList(_bound_to_row(processor, row, row // samples) for processor in processors)

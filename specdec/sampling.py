@@ -58,6 +58,8 @@ def build_warpers(params: SamplingParams) -> list[Any]:
     """Temperature and truncation, the processors that look at the scores alone; none at temperature 0."""
     from transformers.generation import logits_process as hf
 
+    from specdec.nucleus import TopP
+
     if params.temperature == 0:
         return []
     warpers: list[Any] = []
@@ -66,7 +68,7 @@ def build_warpers(params: SamplingParams) -> list[Any]:
     if params.top_k > 0:
         warpers.append(hf.TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
-        warpers.append(hf.TopPLogitsWarper(params.top_p))
+        warpers.append(TopP(params.top_p))
     if params.min_p > 0:
         warpers.append(hf.MinPLogitsWarper(params.min_p))
     return warpers

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from specdec.draft_tree import DraftTree
+from specdec.nucleus import with_fast_top_p
 from specdec.randomness import Randomness
 from specdec.sampling import Law, build_processor
 from specdec.sequence import SamplingParams, Sequence
@@ -45,14 +46,14 @@ GRID = [
 
 @pytest.mark.parametrize("pad", [0, 3])
 def test_processors_are_those_of_generate(model: LlamaForCausalLM, pad: int) -> None:
-    """Same classes in the same order, same scores bit for bit, over the grid of all parameters."""
+    """Same classes in the same order (top-p is a faster one), same scores bit for bit, over the grid of all parameters."""
     generator = torch.Generator().manual_seed(pad)
     mask = torch.tensor([[0] * pad + [1] * 6])
     for options in GRID:
         params = SamplingParams(**options)
         expected = generates_processors(model, params, mask)
         built = build_processor(params, EOS, prompt_length=6, pad_length=pad)
-        assert [type(each) for each in built or []] == [type(each) for each in expected], options
+        assert [type(each) for each in built or []] == [type(each) for each in with_fast_top_p(expected)], options
         if built is None:
             continue
         for new in (0, 3, 5):
