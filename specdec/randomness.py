@@ -19,6 +19,7 @@ machine, with numba or without.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -45,6 +46,11 @@ _TWO_52 = np.uint64(0x4330000000000000)  # 2^52: its low mantissa bits count in 
 _BIAS = np.uint64(1024)  # keeps exponents positive
 _SQRT_HALF = np.uint64(0x3FE6A09E667F3BCD - (1024 << 52) & (1 << 64) - 1)  # sqrt(1/2), less the bias
 _LN_2 = 0.6931471805599453
+
+_LEAST = np.array([int(math.exp(-math.exp(-k)) * 2**52) - 1 for k in range(38)], np.int64)  # bits with noise above k are no less
+_BLOCK = 64
+_SLACK = 0.01  # sums are rounded ...
+_SLACK_SHARE = 1e-6  # ... to 2^-24 of themselves
 
 
 # The functions below hold for one number (numba's loop) and for an array (numpy, without numba) alike.
@@ -76,8 +82,14 @@ def _log(x: np.ndarray) -> np.ndarray:
 
 @njit
 def _gumbel(x: np.ndarray) -> np.ndarray | np.float32:
-    """uint64 counter -> float32 Gumbel(0, 1) noise in [-3.7, 36.8]: -log(-log u), u = (52 bits + 1/2) / 2^52, never 0 or 1."""
-    u = np.uint64((_mix(x) >> _U12) | _ONE).view(np.float64) - (1.0 - 2.0**-53)
+    """uint64 counter -> float32 Gumbel(0, 1) noise in [-3.7, 36.8], see `_gumbel_of`."""
+    return _gumbel_of(_mix(x) >> _U12)
+
+
+@njit
+def _gumbel_of(bits: np.ndarray) -> np.ndarray | np.float32:
+    """52 bits -> float32: -log(-log u), u = (bits + 1/2) / 2^52, never 0 or 1; it rises with the bits."""
+    u = np.uint64(bits | _ONE).view(np.float64) - (1.0 - 2.0**-53)
     return np.float32(-_log(-_log(u)))
 
 
@@ -94,6 +106,37 @@ def _noise_loop(key: np.uint64, tokens: np.ndarray, out: np.ndarray) -> None:
 
 
 _noise = _noise_loop if HAVE_NUMBA else _noise_arrays
+
+
+@njit
+def _choose(key: np.uint64, scores: np.ndarray, best_score: int, least: np.ndarray) -> int:
+    """argmax(scores [V] float32 + noise), first of equals, by the noise of those tokens alone that may win.
+
+    A token wins only if its noise is above what it lacks of the best sum so far. Whether it is above a whole number k shows in its
+    bits, before any logarithm, and for a block of tokens at once.
+
+    Args:
+        best_score: the argmax of the scores, which sets a first mark; where that is NaN or infinite, it wins.
+        least: [K] int64, `_LEAST`.
+    """
+    winner = best_score
+    if not np.isfinite(scores[winner]):
+        return winner
+    best = np.float32(scores[winner] + _gumbel(np.uint64(winner) * _WEYL + key))
+    for start in range(0, len(scores), _BLOCK):
+        end = min(start + _BLOCK, len(scores))
+        score, most = np.float32(-np.inf), np.int64(0)
+        for token in range(start, end):
+            score = max(score, scores[token])
+            most = max(most, np.int64(_mix(np.uint64(token) * _WEYL + key) >> _U12))
+        lack = best - score - (_SLACK + _SLACK_SHARE * abs(best))
+        if lack > 0 and most < least[len(least) - 1 if lack > len(least) - 1 else int(lack)]:
+            continue
+        for token in range(start, end):
+            total = np.float32(scores[token] + _gumbel(np.uint64(token) * _WEYL + key))
+            if total > best or (total == best and token < winner):
+                best, winner = total, token
+    return winner
 
 
 def _hash(*parts: int | str) -> int:
@@ -157,6 +200,8 @@ class Randomness:
         """
         if scores.device.type != "cpu":
             return argmax(scores + self.gumbel(position, len(scores), scores.device))
+        if HAVE_NUMBA and scores.dtype == torch.float32:
+            return _choose(self._noise_key(position), scores.contiguous().numpy(), argmax(scores), _LEAST)
         kept = scores.numpy() != -np.inf
         if 0 < np.count_nonzero(kept) * _SMALL_SUPPORT < len(scores):
             support = torch.from_numpy(np.flatnonzero(kept))
@@ -183,8 +228,11 @@ class Randomness:
 
     def _noise_of(self, position: int, tokens: np.ndarray) -> torch.Tensor:
         out = np.empty(len(tokens), np.float32)
-        _noise(np.uint64(_hash(_GUMBEL_DOMAIN, self.seed, *self.stream, position)), tokens, out)
+        _noise(self._noise_key(position), tokens, out)
         return torch.from_numpy(out)
+
+    def _noise_key(self, position: int) -> np.uint64:
+        return np.uint64(_hash(_GUMBEL_DOMAIN, self.seed, *self.stream, position))
 
     def _uniform(self, *key: int | str) -> float:
         """A multiple of 2^-53 in [0, 1)."""

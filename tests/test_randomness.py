@@ -84,7 +84,7 @@ def test_noise_never_changes() -> None:
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """The module as it is where numba is missing."""
-    for name in ("_mix", "_log", "_gumbel"):
+    for name in ("_mix", "_log", "_gumbel_of", "_gumbel"):
         function = getattr(randomness, name)
         monkeypatch.setattr(randomness, name, getattr(function, "py_func", function))
     monkeypatch.setattr(randomness, "_noise", randomness._noise_arrays)
@@ -225,3 +225,42 @@ def test_draw_seed_is_one_draw_of_the_global_generator() -> None:
     state = torch.get_rng_state()
     Randomness(first).choose(0, torch.zeros(5))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 5.0, 40.0, 1e4, 1e30])
+@pytest.mark.parametrize("shift", [0.0, -1e3, 1e6])
+def test_choose_is_the_argmax_of_scores_and_noise(spread: float, shift: float) -> None:
+    generator = torch.Generator().manual_seed(int(min(spread, 100)))
+    for position in range(60):
+        source = Randomness(position, (1,))
+        scores = torch.randn(3000, generator=generator) * spread + shift
+        if position % 3 == 1:
+            scores = scores.bfloat16().float()
+        if position % 5 == 1:
+            scores[torch.randperm(3000, generator=generator)[: 1 + 40 * position]] = -torch.inf
+        if position % 7 == 1:
+            scores[position] = scores[2 * position] = torch.inf
+        assert source.choose(position, scores) == int(torch.argmax(scores + source.gumbel(position, 3000)))
+
+
+def test_choose_finds_a_winner_far_below_the_best_score() -> None:
+    """Where one token leads by 6 to 12, another wins now and then: those are the ones that skipping tokens might lose."""
+    wins = 0
+    for position in range(4000):
+        scores = torch.zeros(400)
+        scores[7] = 6.0 + position % 7
+        source = Randomness(8)
+        chosen = source.choose(position, scores)
+        assert chosen == int(torch.argmax(scores + source.gumbel(position, 400)))
+        wins += chosen != 7
+    assert wins > 200
+
+
+def test_bits_tell_how_large_the_noise_is() -> None:
+    """No noise above k has bits below _LEAST[k], and the bound is tight."""
+    for k, least in enumerate(randomness._LEAST.tolist()[:36]):
+        near = np.array([max(0, least - 2), least + 3], np.uint64)
+        below, above = (randomness._gumbel_of(bits) for bits in near)
+        assert below <= k + 1e-6
+        assert above >= k - (1e-6 if k < 25 else 1.0)  # noise has few values up there
+    assert randomness._LEAST[-1] >= 2**52 - 2
