@@ -2,7 +2,7 @@
 
 A cycle is one ask and one tell of a tree that grows to `--nodes`; the bar is on the mean of the last tenth. Rows beside the policies
 in plain search: *finishing*, a budget that ends with the tree, of which the last hundredth of cycles is looked at; *uneven*, the same with
-chains of 1 to 48 steps, where every answer moves the depth that counts, of which the last tenth is; *watched*, with a journal on disk
+chains of 1 to 90 steps, where every answer moves the depth that counts, of which the last tenth is; *watched*, with a journal on disk
 and an event for every text. TreeQuest's rows need TreeQuest, which the environment of specdec does not have (its
 `ulid` is another package's name): `make test-treequest` has one of its own.
 """
@@ -45,7 +45,7 @@ def host_time(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("bg_mcts", "mcts", "best_of_n", "backtrack"):
         measure(name, grown(name, AMPLE, args.seed))
     measure("bg_mcts, finishing", grown("bg_mcts", 65 * args.nodes, args.seed), tail=0.01)
-    measure("bg_mcts, uneven", grown("bg_mcts", 65 * args.nodes, args.seed, depth=48, early=0.125))
+    measure("bg_mcts, uneven", grown("bg_mcts", 65 * args.nodes, args.seed, depth=200, early=0.125))
     with tempfile.TemporaryDirectory() as folder:
         measure("bg_mcts, watched", grown("bg_mcts", AMPLE, args.seed, checkpoint=Path(folder) / "run.json"))
     missed = [name for name, row in table.items() if row["last_ms"] > BAR_MS]

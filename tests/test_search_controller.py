@@ -162,9 +162,10 @@ def test_host_time_looks_at_searches_that_end_and_at_watched_ones(tmp_path: Path
     assert watched["first_ms"] > 0 and watched["p99_ms"] <= watched["worst_ms"]
 
 
-def test_a_search_that_begins_to_finish_looks_at_no_more_than_before() -> None:
+@pytest.mark.parametrize("policy", ["bg_mcts", "beam"])
+def test_a_search_that_begins_to_finish_looks_at_no_more_than_before(policy: str) -> None:
     """The cycle in which a budget begins to run out is a cycle like others: nothing in it grows with the tree."""
-    search, reasoner = Search("bg_mcts", 60_000), Reasoner(replace(Problem.make(0, 3), p=0.9))
+    search, reasoner = Search(policy, 60_000), Reasoner(replace(Problem.make(0, 3), p=0.9))
     lines, asked = list[int](), list[Request]()
     while True:
         lines.append(lines_run(lambda: asked.extend(search.ask())))
