@@ -8,7 +8,8 @@ step j below the prompt with the first step below each state after it. Rules:
 * a chain ends with an answer at the problem's depth (6 to 10): "right", or one of four wrong ones;
 * the evaluator reads right or wrong with accuracy a, and answers near 1 or near 0 (within .1); saturated by s, it answers
   1 - (1 - s)(1 - that), between s and 1: at s = 1 it says nothing;
-* with probability `repeat` a draw is the text of an earlier one at the same place (none by default).
+* with probability `repeat` a draw is the text of an earlier one at the same place (none by default);
+* with probability `early` a state ends its chain before the problem's depth, so that chains differ in length (none by default).
 
 A chain of depth 8 is right with probability p^8, which is drawn from Beta(.7, 1.1) for every problem: some easy, many hard.
 """
@@ -79,10 +80,16 @@ class Reasoner:
     """Model and evaluator of one problem; `complete` answers requests of one search."""
 
     def __init__(
-        self, problem: Problem, accuracy: float = 0.9, cost: int = 0, saturation: float = 0.0, repeat: float = 0.0
+        self,
+        problem: Problem,
+        accuracy: float = 0.9,
+        cost: int = 0,
+        saturation: float = 0.0,
+        repeat: float = 0.0,
+        early: float = 0.0,
     ) -> None:
         self.problem, self.accuracy, self.cost = problem, accuracy, cost
-        self.saturation, self.repeat = saturation, repeat
+        self.saturation, self.repeat, self.early = saturation, repeat, early
         self.states = {ROOT: _State(problem.key, 0, True)}
         self._draws: dict[int, int] = {}
 
@@ -100,7 +107,7 @@ class Reasoner:
         while True:
             take = min(state.left, request.max_tokens - written)
             state, written = replace(state, left=state.left - take), written + take
-            if state.left or not request.full or state.depth >= self.problem.depth:
+            if state.left or not request.full or self._ends(state):
                 break
             if written == request.max_tokens:
                 break
@@ -115,11 +122,14 @@ class Reasoner:
         return draw
 
     def _completion(self, state: _State, written: int, full: bool) -> Completion:
-        done = not state.left and state.depth >= self.problem.depth
+        done = not state.left and self._ends(state)
         finish = Finish.EOS if done else Finish.LENGTH if state.left or full else Finish.STOP
         answer = self._answer(state) if done else None
         text = f"step {state.depth}. "
         return Completion((state.key & 0xFFFF,) * written, text, finish, self._score(state), answer, evaluator_tokens=self.cost)
+
+    def _ends(self, state: _State) -> bool:
+        return state.depth >= self.problem.depth or _uniform(state.key, 9) < self.early
 
     def _answer(self, state: _State) -> str:
         return "right" if state.right else f"wrong {_mix(state.key, 3) % _WRONG_ANSWERS}"

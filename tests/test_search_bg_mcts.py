@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import warnings
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mock_search import MockModel, drive, fields, grow
+from mock_search import MockModel, drive, fields, grow, lines_run
 from oracles_search import child_scores, in_tree, statistics, widening_score
 from specdec.search import ROOT, Completion, Kind, NodeStatus, Search, SearchConfig, SearchTree
 from specdec.search.bg_mcts import BgMcts
@@ -121,12 +123,50 @@ def test_statistics_equal_their_definition(seed: int, width: int, policy: str) -
         except RuntimeError:
             search.cancel()  # a model that fails twice on a request; the tree holds all that was told
     tree = search.tree
+    read = SearchTree.from_dict(json.loads(json.dumps(tree.to_dict())))
     for node in range(len(tree)):
         if in_tree(tree, node):
             for name, value in statistics(tree, node).items():
-                assert getattr(tree, name)[node] == pytest.approx(value, abs=1e-9), (name, node)
+                kept = tree.sum_depth(node) if name == "sum_depth" else getattr(tree, name)[node]
+                assert kept == pytest.approx(value, abs=1e-9), (name, node)
+            assert read.sum_depth(node) == tree.sum_depth(node)
     pending = [node for node in range(len(tree)) if tree.status[node] == NodeStatus.PENDING]
     assert tree.virtual[ROOT] == len(pending) == sum(tree.pending)
+
+
+limits = st.lists(st.one_of(st.floats(0, 12), st.just(math.inf)), min_size=1, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees, limits, st.booleans())
+def test_depths_follow_a_limit_that_moves(rows: list[tuple[float, float, bool]], moves: list[float], printed: bool) -> None:
+    """Wherever the limit goes, before and after texts are told, repeated ones too, the sums are those of the definition."""
+    tree, told = SearchTree(answered_bias=printed, refine=True), [ROOT]
+    for i, (where, q, answered) in enumerate(rows):
+        node = tree.reserve(told[-1 - int(where * min(2, i))], Kind.STEP)  # deep: below one of the last three
+        completion = Completion((node,), "", answer="a" if answered else None)
+        tree.settle(node, 1, completion, NodeStatus.ANSWERED if answered else NodeStatus.OPEN, q)
+        told.append(node)
+        if q < 0.3:
+            tree.merge(tree.reserve(tree.parent[node], Kind.STEP), node, 1, completion, count=True)
+        tree.set_depth_limit(moves[i % len(moves)])
+    for limit in moves:
+        tree.set_depth_limit(limit)
+        for node in range(len(tree)):
+            if in_tree(tree, node):
+                assert tree.sum_depth(node) == pytest.approx(statistics(tree, node)["sum_depth"], abs=1e-9)
+        assert tree.sum_depths(np.arange(len(tree))).tolist() == [tree.sum_depth(node) for node in range(len(tree))]
+
+
+def test_a_moved_limit_costs_the_deeper_nodes_only() -> None:
+    """Every answer moves the limit a little, and somewhere a chain is longer: no reason to look at the whole tree."""
+    search = Search(BgMcts(small=OFF, gen_bonus="off"), 10**6)
+    grow(search, [*((0, 0.5) for _ in range(2000)), (1, 0.5), *((node, 0.5) for node in range(2001, 2012))])
+    tree = search.tree
+    tree.set_depth_limit(6.5)
+    assert lines_run(lambda: tree.set_depth_limit(6.25)) < 30
+    assert lines_run(lambda: tree.set_depth_limit(8.0)) < 500
+    assert tree.deepest == 13 and tree.sum_depth(1) == sum(min(depth, 8) for depth in range(1, 14))
 
 
 @pytest.mark.parametrize("policy", ["bg_mcts", "bg_mcts_coded", "bg_mcts_printed", "mcts", "mcts_coded"])
@@ -193,7 +233,7 @@ def test_answered_bias() -> None:
     coded, printed = Search("bg_mcts_coded", 100), Search("bg_mcts_printed", 100)
     for search in (coded, printed):
         grow(search, nodes)
-    assert coded.tree.sum_depth[1] == 3.0 and printed.tree.sum_depth[1] == 6.0
+    assert coded.tree.sum_depth(1) == 3.0 and printed.tree.sum_depth(1) == 6.0
 
 
 def test_ablations_switch_rho_off() -> None:

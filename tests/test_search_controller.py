@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from bench.controller import BASELINES, ablations, difference, misses, named, pl
 from bench.controller_time import cycles, grown
 from bench.reasoner import Problem, Reasoner, solve
 from bench.variants import NO_BACKTRACK
-from specdec.search import Kind, NodeStatus, Search, SearchConfig
+from mock_search import lines_run
+from specdec.search import Kind, NodeStatus, Request, Search, SearchConfig
 from specdec.search.bg_mcts import BgMcts
 from specdec.search.small_budget import SmallBudget
 
@@ -158,6 +160,28 @@ def test_host_time_looks_at_searches_that_end_and_at_watched_ones(tmp_path: Path
     watched = cycles(40, grown("bg_mcts", 10**9, 0, tmp_path / "run.json"))
     assert watched["cycles"] == 40 and (tmp_path / "run.json.journal").stat().st_size > 0
     assert watched["first_ms"] > 0 and watched["p99_ms"] <= watched["worst_ms"]
+
+
+@pytest.mark.parametrize("policy", ["bg_mcts", "beam"])
+def test_a_search_that_begins_to_finish_looks_at_no_more_than_before(policy: str) -> None:
+    """The cycle in which a budget begins to run out is a cycle like others: nothing in it grows with the tree."""
+    search, reasoner = Search(policy, 60_000), Reasoner(replace(Problem.make(0, 3), p=0.9))
+    lines, asked = list[int](), list[Request]()
+    while True:
+        lines.append(lines_run(lambda: asked.extend(search.ask())))
+        if not asked:
+            break
+        request = asked.pop()
+        search.tell(request, reasoner.complete(search, request))
+    before, late = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    assert len(search.tree) > 500 and max(late) < 2 * max(before)
+
+
+def test_chains_that_end_early_differ_in_length() -> None:
+    search = Search("best_of_n", 20_000)
+    solve(search, Reasoner(replace(Problem.make(2, 3), depth=30), early=0.2))
+    depths = [search.tree.tokens[node] // 50 for node in search.tree.answered]
+    assert len(set(depths)) > 5 and max(depths) > 3 * min(depths)
 
 
 def test_the_command_ends_with_one_json_line() -> None:

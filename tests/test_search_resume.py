@@ -266,7 +266,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is not a search checkpoint"):
             Search("bg_mcts", 500, checkpoint=path)
     path.write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this version reads 2"):
+    with pytest.raises(ValueError, match="has format 99, this version reads 3"):
         read_snapshot(path)
 
 

@@ -19,7 +19,7 @@ from specdec.search.budget import Budget
 from specdec.search.chain_length import ChainLength
 from specdec.search.request import Kind, Policy, Proposal
 from specdec.search.search_tree import ROOT, NodeStatus, SearchTree
-from specdec.search.small_budget import STOP, WAIT, SmallBudget
+from specdec.search.small_budget import STOP, WAIT, OpenNodes, SmallBudget
 
 __all__ = ["Beam", "Levels", "Rebase", "shares"]
 
@@ -56,6 +56,7 @@ class Levels(Policy):
 
     def start(self, tree: SearchTree, budget: Budget, length: ChainLength, seed: int) -> None:
         super().start(tree, budget, length, seed)
+        self._open_nodes = OpenNodes(tree)
         self._todo: list[int] = []  # nodes to draw below, one entry a text
         self._told: list[int] = []  # nodes of the present level
         self._level = 0
@@ -77,7 +78,7 @@ class Levels(Policy):
             self._completed += 1
 
     def propose(self) -> Proposal | None:
-        leaf = self.small.node(self.tree, self.budget, self.length)
+        leaf = self.small.node(self.tree, self.budget, self.length, self._open_nodes)
         if leaf is not None:
             return None if leaf in (STOP, WAIT) else Proposal(leaf, next_kind(self.tree, leaf))
         while not self._todo:

@@ -232,9 +232,15 @@ class BgMcts(Policy):
             return None, 0.0
         bias = self.kappa * (1.0 - rho) / dbar if self.completion_bias else 0.0
         explore = (rho if self.anneal_exploration else 1.0) * self.c * sqrt(self._log_visits(node)) / self.tree.child_exp[node]
-        scores = self._scores(children, bias, explore) if len(children) > _MANY else self._few_scores(children, bias, explore)
-        top = max(scores)
-        return min((child for child, score in zip(children, scores) if score == top), key=self._tie), top
+        if len(children) > _MANY:
+            many = self._scores(children, bias, explore)
+            top = float(many.max())
+            best = [children[place] for place in np.flatnonzero(many == top)]
+        else:
+            few = self._few_scores(children, bias, explore)
+            top = max(few)
+            best = [child for child, score in zip(children, few) if score == top]
+        return min(best, key=self._tie), top
 
     def _waits(self, child: int) -> bool:
         """All texts that it may have for now are in flight."""
@@ -245,17 +251,16 @@ class BgMcts(Policy):
         tree, own, scores = self.tree, int(self.own_twice), []
         for child in children:
             visits, q = tree.visits[child] + own, tree.q[child]
-            value = (tree.sum_q[child] + own * q + bias * tree.sum_depth[child]) / visits
+            value = (tree.sum_q[child] + own * q + bias * tree.sum_depth(child)) / visits
             scores.append(value + explore * exp(q) / sqrt(visits + tree.virtual[child]))
         return scores
 
-    def _scores(self, children: list[int], bias: float, explore: float) -> list[float]:
-        """The same for many children at once."""
-        tree, own = self.tree, int(self.own_twice)
-        visits, q = tree.gather(tree.visits, children) + own, tree.gather(tree.q, children)
-        value = (tree.gather(tree.sum_q, children) + own * q + bias * tree.gather(tree.sum_depth, children)) / visits
-        scores: list[float] = (value + explore * np.exp(q) / np.sqrt(visits + tree.gather(tree.virtual, children))).tolist()
-        return scores
+    def _scores(self, children: list[int], bias: float, explore: float) -> np.ndarray:
+        """The same [N] for many children at once."""
+        tree, own, nodes = self.tree, int(self.own_twice), np.array(children)
+        visits, q = tree.gather(tree.visits, nodes) + own, tree.gather(tree.q, nodes)
+        value = (tree.gather(tree.sum_q, nodes) + own * q + bias * tree.sum_depths(nodes)) / visits
+        return np.asarray(value + explore * np.exp(q) / np.sqrt(visits + tree.gather(tree.virtual, nodes)))
 
     def _tie(self, node: int) -> tuple[int, int, int]:
         return (-self.tree.depth[node], self.tree.tokens[node], node)

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 __all__ = ["FORMAT", "Journal", "lock_of", "read_snapshot", "unlock", "write_atomically"]
 
-FORMAT = 2
+FORMAT = 3
 _LEAST_EVENTS = 256  # between two snapshots
 
 

@@ -7,6 +7,9 @@ precede children. Worked example, q in brackets, depth = steps since the prompt 
              └─ 2 [.2]                     sum_q     = (1.9, 1.7, .2, .9)
                                            sum_depth = (4, 3, 1, 2)
 
+`sum_depth` counts depths up to a limit that moves with every answer. It is kept in whole numbers: depths up to the whole part of the
+limit, and how many nodes are deeper, so that the fraction may move for nothing, and the whole part for the cost of the deeper nodes.
+
 Requests in flight count in `pending` of their parent and in `virtual` of the whole path above: selection adds `virtual` to the
 visits and leaves every mean as it is, which is adding the mean once more for each. Nothing in here recurses.
 """
@@ -17,7 +20,7 @@ import re
 from array import array
 from bisect import insort
 from enum import StrEnum
-from math import exp
+from math import exp, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +80,6 @@ _COLUMNS: dict[str, Any] = {
     "empties": 0,  # of these, the empty ones since the last that said something
     "visits": 0,  # nodes of the subtree; equal siblings count each time
     "sum_q": 0.0,
-    "sum_depth": 0.0,  # of min(bias depth, depth_limit) over the subtree
     "child_count": 0,  # scored children; equal ones count each time
     "child_sum": 0.0,  # of their q
     "child_squares": 0.0,  # of their q^2
@@ -85,7 +87,7 @@ _COLUMNS: dict[str, Any] = {
     "copies": 0,  # how often the node itself counts in these sums: 1, more with equal siblings
 }
 # Columns that selection reads for many nodes at once: typed arrays, which numpy reads in place (`gather`).
-_TYPED = {"q": "d", "visits": "q", "sum_q": "d", "sum_depth": "d"}
+_TYPED = {"q": "d", "visits": "q", "sum_q": "d"}
 _SHOWN = ("kind", "status", "closed", "truncated", "unscored", "q", "depth", "text", "tokens", "evaluator_tokens", "visits")
 _NOT_XML = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
 _COUNTERS = (
@@ -128,7 +130,6 @@ class SearchTree:
     empties: list[int]
     visits: array[int]
     sum_q: array[float]
-    sum_depth: array[float]
     child_count: list[int]
     child_sum: list[float]
     child_squares: list[float]
@@ -146,6 +147,9 @@ class SearchTree:
         self.live: list[list[int]] = []  # of these, the open ones
         self.pending: list[int] = []  # in flight below the node
         self.virtual = array("q")  # in flight in its subtree
+        self._whole_depths = array("q")  # sum of min(bias depth, whole part of depth_limit) over the subtree
+        self._deeper = array("q")  # nodes of the subtree whose bias depth is greater than that
+        self._at_depth: list[list[int]] = []  # chain depth -> nodes whose depth counts
         self.path_tokens: list[int] = []  # token ids from the prompt (excluded) to the node, cues excluded
         self.path_cues: list[int] = []  # cues that were inserted on this path
         self.answered: list[int] = []  # nodes that hold an answer
@@ -157,7 +161,7 @@ class SearchTree:
             ROOT  # the deepest text without an answer, the better-scored of equals, then the earlier; 0: there is none
         )
         self.closed_count = 0  # nodes closed
-        self.depth_limit = _INFINITY
+        self._set_limit(_INFINITY)
         self._twins: dict[tuple[int, tuple[int, ...]], int] = {}
         self._append(-1, Kind.STEP)
         self.status[ROOT] = NodeStatus.OPEN
@@ -211,7 +215,15 @@ class SearchTree:
             if self.status[node] == NodeStatus.OPEN and not (self.closed[node] or self.children[node] or self.pending[node])
         ]
 
-    def gather(self, column: array[Any], nodes: list[int]) -> np.ndarray:
+    def sum_depth(self, node: int) -> float:
+        """Sum of min(bias depth, depth_limit) over the subtree."""
+        return self._whole_depths[node] + self._fraction * self._deeper[node]
+
+    def sum_depths(self, nodes: np.ndarray) -> np.ndarray:
+        """The same [N] of many."""
+        return self.gather(self._whole_depths, nodes) + self._fraction * self.gather(self._deeper, nodes)
+
+    def gather(self, column: array[Any], nodes: np.ndarray) -> np.ndarray:
         """column[nodes] [N] of a typed column, without copying the rest."""
         return np.frombuffer(column, column.typecode)[nodes]
 
@@ -265,6 +277,7 @@ class SearchTree:
             return
         self._link(node)
         self.child_exp[parent] += exp(self.q[node])
+        self._list_by_depth(node)
         self._count(node)
         self._count_tokens(node)
         if status == NodeStatus.ENDED:
@@ -308,13 +321,34 @@ class SearchTree:
                 self.close_if_exhausted(node)
 
     def set_depth_limit(self, limit: float) -> None:
-        """Bias depths count up to `limit`: O(1) while no node is deeper than the old and the new one, else O(nodes)."""
-        old, self.depth_limit = self.depth_limit, limit
-        if limit != old and self.deepest > min(limit, old):
-            sums = [self.copies[node] * self._bias_depth(node) for node in range(len(self))]
-            for node in range(len(self) - 1, 0, -1):
-                sums[self.parent[node]] += sums[node]
-            self.sum_depth = array("d", sums)
+        """Bias depths count up to `limit`: O(1) unless its whole part moves across nodes, whose paths it costs then."""
+        old = self._whole
+        self._set_limit(limit)
+        least = min(old, self._whole)
+        if old == self._whole or self.deepest <= least:
+            return
+        moved = [node for nodes in self._at_depth[int(least) + 1 :] for node in nodes]
+        depth, copies, whole = self.depth, self.copies, self._whole
+        self._spread(self._whole_depths, {x: copies[x] * int(min(depth[x], whole) - min(depth[x], old)) for x in moved})
+        self._spread(self._deeper, {x: copies[x] * ((depth[x] > whole) - (depth[x] > old)) for x in moved})
+
+    def _set_limit(self, limit: float) -> None:
+        self.depth_limit = limit
+        self._whole = limit if limit == _INFINITY else floor(limit)
+        self._fraction = 0.0 if limit == _INFINITY else limit - self._whole
+
+    def _spread(self, column: array[int], own: dict[int, int]) -> None:
+        """Add what each of these nodes has of its own to the sums of itself and of all above."""
+        above = set[int]()
+        for node in own:
+            while node >= 0 and node not in above:
+                above.add(node)
+                node = self.parent[node]
+        change = {**dict.fromkeys(above, 0), **own}
+        for node in sorted(above, reverse=True):  # children before their parents
+            column[node] += change[node]
+            if node != ROOT:
+                change[self.parent[node]] += change[node]
 
     def _append(self, parent: int, kind: Kind) -> int:
         for name, default in _COLUMNS.items():
@@ -325,6 +359,8 @@ class SearchTree:
         self.live.append([])
         self.pending.append(0)
         self.virtual.append(0)
+        self._whole_depths.append(0)
+        self._deeper.append(0)
         self.path_tokens.append(0)
         self.path_cues.append(0)
         return node
@@ -372,11 +408,13 @@ class SearchTree:
             self.child_count[parent] += 1
             self.child_sum[parent] += q
             self.child_squares[parent] += q * q
-        bias = self._bias_depth(node)
+        depth = self.depth[node] if self._has_bias(node) else 0
+        limited, deeper = int(min(depth, self._whole)), int(depth > self._whole)
         while node >= 0:
             self.visits[node] += 1
             self.sum_q[node] += q
-            self.sum_depth[node] += bias
+            self._whole_depths[node] += limited
+            self._deeper[node] += deeper
             node = self.parent[node]
 
     def _count_tokens(self, node: int) -> None:
@@ -387,9 +425,15 @@ class SearchTree:
             self.step_count += self.kind[node] != Kind.CONTINUE
             self.step_tokens += self.tokens[node]
 
-    def _bias_depth(self, node: int) -> float:
-        counts = self.answered_bias or self.status[node] != NodeStatus.ANSWERED
-        return min(self.depth[node], self.depth_limit) if counts else 0.0
+    def _has_bias(self, node: int) -> bool:
+        """Its depth counts in `sum_depth`."""
+        return self.answered_bias or self.status[node] != NodeStatus.ANSWERED
+
+    def _list_by_depth(self, node: int) -> None:
+        if self._has_bias(node):
+            depth = self.depth[node]
+            self._at_depth.extend([] for _ in range(depth + 1 - len(self._at_depth)))
+            self._at_depth[depth].append(node)
 
     def _count_virtual(self, node: int, change: int) -> None:
         while node >= 0:
@@ -415,15 +459,16 @@ class SearchTree:
     def from_dict(cls, data: dict[str, Any]) -> SearchTree:
         """Undo `to_dict`."""
         tree = cls(**data["rules"])
-        tree.depth_limit = _INFINITY if data["depth_limit"] is None else data["depth_limit"]
         for name in _COUNTERS:
             setattr(tree, name, data[name])
-        for name, column in data["nodes"].items():
+        for name in _COLUMNS:
+            column = data["nodes"][name]
             setattr(tree, name, array(_TYPED[name], column) if name in _TYPED else list(column))
         tree.token_ids = [tuple(ids) for ids in tree.token_ids]
         count = len(tree)
         tree.children, tree.live = [[] for _ in range(count)], [[] for _ in range(count)]
         tree.pending, tree.virtual = [0] * count, array("q", [0]) * count
+        tree._whole_depths, tree._deeper = array("q", [0]) * count, array("q", [0]) * count
         tree.path_tokens, tree.path_cues = [0] * count, [0] * count
         for node in range(1, count):
             if tree.status[node] == NodeStatus.PENDING:
@@ -434,7 +479,10 @@ class SearchTree:
                 tree._rank_leaf(node)
                 if tree.kind[node] != Kind.FORCED:
                     tree._link(node)
+                    tree._list_by_depth(node)
         tree.answered = [node for node in range(1, count) if tree.status[node] == NodeStatus.ANSWERED]
+        tree._spread(tree._whole_depths, {node: tree.copies[node] * tree.depth[node] for each in tree._at_depth for node in each})
+        tree.set_depth_limit(_INFINITY if data["depth_limit"] is None else data["depth_limit"])
         return tree
 
     def to_networkx(self) -> networkx.DiGraph:

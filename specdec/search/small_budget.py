@@ -74,6 +74,7 @@ class SmallBudget:
         return STOP if tree.answered_count or not deepest else _deepest(tree, deepest)
 
     def _finish(self, tree: SearchTree, budget: Budget, length: ChainLength, leaves: DepthHeaps) -> int | None:
+        leaves.keep_up()  # at every cycle, or the first one that needs them would look at the whole tree
         left = budget.expected_left
         if left > self.finish * length.step(tree) * length.depth(tree):  # no chain costs more
             return None
@@ -97,7 +98,7 @@ class OpenNodes:
     def __init__(self, tree: SearchTree) -> None:
         self._tree = tree
         self._scale: _Scale | None = None
-        self.leaves = DepthHeaps(tree, lambda node: (-tree.q[node], tree.tokens[node]), lambda node: _is_leaf(tree, node))
+        self.leaves = DepthHeaps(tree, lambda node: (-tree.q[node], tree.tokens[node]), lambda node: _is_leaf(tree, node), False)
 
     def by_regret(self, rescale: float) -> DepthHeaps:
         """Made anew with the scale, which all regrets depend on: seldom, the more scores there are."""
