@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -82,7 +83,7 @@ class TestSmallBudget:
         assert self.choice(search) == WAIT
 
     def test_no_dive_where_backtrack_decides(self) -> None:
-        both = SmallBudget(first_dive=3, backtrack=2, finish=0)
+        both = SmallBudget(first_dive=3, backtrack=2, finish=0, reserve=0)
         assert self.choice(self.search(79, both, [(0, 0.1), (1, 0.1)])) == ROOT  # two chains do not fit
         assert self.choice(self.search(81, both, [(0, 0.1), (1, 0.1)])) == 2
 
@@ -98,9 +99,27 @@ class TestSmallBudget:
         assert self.choice(self.search(1000, rule, chain)) is None
         assert self.choice(self.search(300, rule, [(0, 0.9), (1, 0.9)])) == 2  # a leaf that promises is followed
         # 17 tokens left: only the last two nodes of a chain of (now) 5 can still be finished; the better one of these
-        assert self.choice(self.search(300, rule, [(0, 0.9), (1, 0.9), (2, 0.1), (3, 0.3)], used=283)) == 4
+        assert self.choice(self.search(300, replace(rule, reserve=0), [(0, 0.9), (1, 0.9), (2, 0.1), (3, 0.3)], used=283)) == 4
         assert self.choice(self.search(300, rule, [*chain, (4, 0.2, "4")], used=295)) == STOP
         assert self.choice(self.search(300, rule, chain, used=295)) == 4  # no answer yet: the deepest
+
+    def test_the_first_answer_is_put_at_no_risk(self) -> None:
+        """Chains of (now) 5 steps of 10: after the second node another third step leads to an answer for 30 tokens, so it takes 60."""
+        rule, chain = SmallBudget(first_dive=0, backtrack=8, finish=0), [(0, 0.9), (1, 0.9), (2, 0.1), (3, 0.1)]
+        assert self.choice(self.search(300, rule, chain, used=240)) == 2
+        assert self.choice(self.search(300, rule, chain, used=241)) == 4  # 10 tokens to finish it
+        assert self.choice(self.search(300, rule, [*chain, (4, 0.1, "4")], used=241)) == 2  # there is one
+
+    def test_what_is_left_bounds_what_is_in_flight(self) -> None:
+        rule, chain = SmallBudget(first_dive=0, backtrack=8, finish=0), [(0, 0.9), (1, 0.9), (2, 0.1), (3, 0.1)]
+        one, two = (self.search(319, rule, chain, used=used) for used in (0, 0))
+        one.tree.reserve(2, Kind.STEP)
+        assert self.choice(one) != WAIT  # the rest holds two times two chains of 50
+        two.tree.reserve(2, Kind.STEP)
+        two.budget.used = 319 - 199
+        assert self.choice(two) == WAIT
+        two.policy.small = replace(rule, reserve=0)  # type: ignore[attr-defined]
+        assert self.choice(two) != WAIT
 
     def test_finish(self) -> None:
         rule = SmallBudget(first_dive=0, backtrack=0, finish=1.3)

@@ -27,8 +27,8 @@ def slow_node(policy: BgMcts) -> int | None:
     def deepest(among: list[int]) -> int:
         return max(among, key=lambda n: (tree.depth[n], tree.q[n], -n), default=ROOT)
 
-    def fits(node: int) -> bool:
-        return length.to_finish(tree, node) <= small.slack * left
+    def fits(node: int, slack: float = small.slack) -> bool:
+        return length.to_finish(tree, node) <= slack * left
 
     told = [n for n in nodes[1:] if tree.status[n] not in (NodeStatus.PENDING, NodeStatus.DROPPED)]
     scores = [tree.q[n] for n in told if not tree.unscored[n]]
@@ -45,8 +45,14 @@ def slow_node(policy: BgMcts) -> int | None:
     if small.backtrack <= chains < small.first_dive and not answered and not tree.closed_count:
         return WAIT if tree.virtual[ROOT] else deepest(leaves)
     if chains < small.backtrack:
+        may_be_in_flight = 1
+        while small.reserve and (may_be_in_flight + 1) * small.reserve * length.chain(tree) <= left:
+            may_be_in_flight += 1
+        if small.reserve and tree.virtual[ROOT] >= may_be_in_flight:
+            return WAIT
         members = [n for n in open_nodes if tree.draws[n] < tree.cap(n)]
-        if fitting := [n for n in members if fits(n)]:
+        slack = 1 / small.reserve if small.reserve and not answered else small.slack
+        if fitting := [n for n in members if fits(n, slack)]:
             return max(fitting, key=lambda n: (regret(n), tree.depth[n], -n))
         if tree.virtual[ROOT]:
             return WAIT
@@ -68,11 +74,11 @@ def squeezed(completion: Completion, least: float) -> Completion:
     return completion if completion.score is None else replace(completion, score=least + (1 - least) * completion.score)
 
 
-@pytest.mark.parametrize("backtrack", [0.0, 8.0, float("inf")])
+@pytest.mark.parametrize(("backtrack", "reserve"), [(0.0, 2.0), (8.0, 2.0), (8.0, 0.0), (float("inf"), 1.5)])
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("least", [0.0, 0.9, 1.0])
 def test_heaps_choose_what_a_look_at_every_node_does(
-    backtrack: float, width: int, least: float, monkeypatch: pytest.MonkeyPatch
+    backtrack: float, reserve: float, width: int, least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over whole searches with failures, empty texts, repeats and results in any order; after each of which it was resumed."""
     compared, node = [0], SmallBudget.node
@@ -87,7 +93,7 @@ def test_heaps_choose_what_a_look_at_every_node_does(
     monkeypatch.setattr(SmallBudget, "node", checked)
     for seed in range(6):
         model = MockModel(seed, answer=0.1, empty=0.1, error=0.03, unscored=0.05, repeat=0.3)
-        policy = BgMcts(small=SmallBudget(backtrack=backtrack))
+        policy = BgMcts(small=SmallBudget(backtrack=backtrack, reserve=reserve))
         search = Search(policy, 300 * (1 + seed), config=SearchConfig(step_tokens=20))
         for _ in range(2):
             while requests := search.outstanding() or search.ask(width):
