@@ -115,7 +115,7 @@ def _spine_and_drafter(draft_model: DraftModel, costs: Costs | None) -> TreeBuil
     return DraftedTree(draft_model, spine=_spine(), costs=costs)
 
 
-def _sampled(draw: str, rule: str, branching: tuple[int, ...] = (2, 1)) -> Callable[[DraftModel, Any], TreeBuilder]:
+def _sampled(draw: str, rule: str, branching: tuple[int, ...] | None = None) -> Callable[[DraftModel, Any], TreeBuilder]:
     def make(draft_model: DraftModel, costs: Costs | None) -> TreeBuilder:
         from specdec.trees.sampled import SampledTree
 

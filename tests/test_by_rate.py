@@ -282,8 +282,13 @@ def test_trust_moves_from_the_drafters_word_to_what_is_true() -> None:
     trust, kinds, half = Trust(), np.array([0]), np.log(np.array([0.5000001]))
     for step in range(40):
         trust.learn(kinds, half, np.array([step % 5 != 0]))
-    assert trust.chances(kinds, half)[0] == pytest.approx((32 + PRIOR * 0.593) / (40 + PRIOR), abs=0.02)
+    prior = 0.593 * (32 + 1) / (40 * 0.593 + 1)
+    assert trust.chances(kinds, half)[0] == pytest.approx((32 + PRIOR * prior) / (40 + PRIOR), abs=0.02)
     assert trust.chances(np.array([1]), half)[0] == pytest.approx(0.593, abs=0.001)  # another kind
+    for step in range(10):
+        trust.learn(np.array([3]), np.log(np.array([0.8])), np.array([step < 2]))
+    surer = trust.chances(np.array([3]), np.log(np.array([0.9])))[0]  # the first of its class, but its kind is known
+    assert surer == pytest.approx(0.9 * (2 + 1) / (8 + 1), abs=0.03)
     many = trust.chances(np.zeros(5, np.intp), np.log(np.full(5, 0.9)))
     assert many.sum() <= 0.98 + 1e-12
     extreme = trust.chances(np.array([0, 1]), np.array([-np.inf, 0.0]))

@@ -272,7 +272,7 @@ def test_the_drafter_reads_the_spine_in_its_first_forward(sharp: Any) -> None:
         seq = engine.rows[0]
         spine = builder.guesses(seq, 6)
         assert spine == builder.spine.source.chain(seq, 6).tokens.tolist() and len(spine) >= 2  # type: ignore[union-attr]
-        (tree,) = builder.build([seq], [60], [9])
+        (tree,) = builder.build([seq], [200], [9])  # room for every candidate
         assert builder.forwards == before + 1
         node = 0
         for token in spine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from specdec.sources.draft_model import DraftModel, Growth
 from specdec.sources.suffix_automaton import SuffixSource
 from specdec.trees.by_model import Costs
 from specdec.trees.chain import Chain
-from specdec.trees.sampled import SampledTree
+from specdec.trees.drafted import DraftedTree
+from specdec.trees.sampled import UNBORN, SampledTree, _best_first, _Draw, _drawn
+from specdec.trees.trust import bins
 from specdec.verify.rules import RULES
 from test_draft_model import GREEDY, PROMPTS, perturbed, same_as_plain, sharp
 
@@ -177,21 +180,44 @@ def test_law_is_exact_where_drafting_stops_early(
     assert distance(law, direct_law(target, PROMPT, 3)) < EXACT
 
 
-@pytest.mark.parametrize(("draw", "branching", "rule"), SHAPES)
-def test_law_is_exact_over_steps_that_the_builder_learns_from(draw: str, branching: tuple[int, ...], rule: str) -> None:
+WIDE = [(draw, rule) for draw, _, rule in SHAPES if draw != "iid" and rule != "block"]
+
+
+@pytest.mark.parametrize(("draw", "rule"), dict.fromkeys(WIDE))
+@pytest.mark.parametrize("budget", [3, 4, 6])
+def test_law_is_exact_where_nodes_compete_for_the_budget(draw: str, rule: str, budget: int) -> None:
+    """How many children a node gets depends on what its siblings, their children and its own law are worth."""
+    target = Toy(3, seed=3)
+    drafter: Any = ToyDrafter(Toy(3, seed=53, near=target, quality=0.4, scale=2.0))
+    trees = trees_of(SampledTree(drafter, draw, rule, confidence=0.2), budget, 2)
+    assert max(len(tree) for tree, _ in trees) == budget
+    law = joint_law(step_law(RULES[rule], trees, target), target)
+    assert distance(law, direct_law(target, PROMPT, 3)) < EXACT
+
+
+LEARNING: list[tuple[str, Any, str, dict[str, Any], int]] = [
+    *((*shape, {"confidence": 0.45, "costs": costs()}, 20) for shape in SHAPES),
+    *((draw, None, rule, {}, 4) for draw, rule in dict.fromkeys(WIDE)),
+]
+
+
+@pytest.mark.parametrize(("draw", "branching", "rule", "options", "budget"), LEARNING)
+def test_law_is_exact_over_steps_that_the_builder_learns_from(
+    draw: str, branching: tuple[int, ...] | None, rule: str, options: dict[str, Any], budget: int
+) -> None:
     """Consecutive steps with the real keys; what a step was worth decides the shape of the next."""
     target = Toy(vocab_size := 2 if draw == "iid" else 3, seed=3)
     drafter: Any = ToyDrafter(Toy(vocab_size, seed=53, near=target, quality=0.4))
     shapes = set()
 
     def run(chance: Chance) -> tuple[int, ...]:
-        builder = timeless(SampledTree(drafter, draw, rule, branching, confidence=0.45, costs=costs()))
+        builder = timeless(SampledTree(drafter, draw, rule, branching, **options))
         seq = Sequence(
             0, list(PROMPT), SamplingParams(temperature=1.0, max_new_tokens=3), EnumeratingRandomness(chance, 7, (0, 0))
         )
 
         def build(seq: Sequence) -> DraftTree:
-            (tree,) = builder.build([seq], [20], [seq.remaining - 1])
+            (tree,) = builder.build([seq], [budget], [seq.remaining - 1])
             shapes.add((len(seq.output_ids), tuple(tree.depths)))
             return tree
 
@@ -262,6 +288,20 @@ def test_law_is_exact_after_a_request_with_the_same_seed(make: Any, toys: tuple[
     assert law_of_the_second(make, *toys, apart=remembers) < EXACT
 
 
+def test_requests_with_the_same_coins_learn_apart() -> None:
+    """How broad a tree is follows from what the request's own drafts were worth, and is forgotten with it."""
+    drafter: Any = ToyDrafter(Toy(4))
+    params = SamplingParams(temperature=1.0)
+    first, second = (Sequence(number, [0, 0], params, Randomness(1)) for number in (1, 2))
+    for options, apart in (({}, True), ({"costs": costs()}, False)):
+        builder = SampledTree(drafter, "without_replacement", **options)
+        assert (builder.trust_of(first) is not builder.trust_of(second)) == apart == (not builder.remembers)
+        old = builder.trust_of(first)
+        assert builder.trust_of(first) is old
+        builder.finish(first)
+        assert (builder.trust_of(first) is not old) == apart
+
+
 @pytest.mark.parametrize(("make", "toys"), [(spine_of_all_requests, SIMILAR), (trust_of_all_requests, ALIKE)])
 def test_control_what_was_learned_from_the_same_coins_fails(make: Any, toys: tuple[Any, Any, int]) -> None:
     assert law_of_the_second(make, *toys, apart=False) > 5e-3
@@ -275,6 +315,73 @@ def test_no_level_is_drawn_that_does_not_pay() -> None:
         (tree,) = timeless(SampledTree(drafter, "hybrid", None, (2, 1), costs=costs(forward))).build([seq], [16], [8])
         depth[forward] = int(tree.depths.max())
     assert depth[0.001] > depth[0.15] > depth[50.0] == 1
+
+
+@pytest.mark.parametrize(("draw", "rule"), [("without_replacement", "traversal"), ("hybrid", "recursive_rejection")])
+def test_the_worse_the_drafter_the_broader_the_trees(draw: str, rule: str) -> None:
+    """What the first tokens of a request have shown decides the shape for the others, at one budget."""
+    drafter = Toy(12, seed=1, scale=2.0)
+    widths, depths = {}, {}
+    for name, target in (("right", drafter), ("wrong", Toy(12, seed=9, scale=2.0))):
+        toy: Any = ToyDrafter(drafter)
+        builder, trees = SampledTree(toy, draw, rule), []
+        seq = Sequence(0, [1, 2, 3], SamplingParams(temperature=1.0, max_new_tokens=120), Randomness(3))
+
+        def build(seq: Sequence, builder: SampledTree = builder, trees: list[DraftTree] = trees) -> DraftTree:
+            trees += builder.build([seq], [10], [9])
+            return trees[-1]
+
+        speculate(target, RULES[rule], build, lambda *seen, builder=builder: builder.update(*seen, None), seq)
+        widths[name] = np.mean([len(tree.children(0)) for tree in trees[-15:]])
+        depths[name] = np.mean([tree.depths.max() for tree in trees[-15:]])
+    assert widths["wrong"] > 1.5 * widths["right"] and depths["right"] > 1.5 * depths["wrong"]
+
+
+def test_a_drafter_that_is_mostly_wrong_spends_its_nodes_at_the_root() -> None:
+    """DraftedTree: it says .9 and is right 1 time of 8; after a few tokens no forward goes into what hangs on that."""
+    drafter: Any = ToyDrafter(Toy(40, seed=1, scale=2.0))
+    builder, shapes = DraftedTree(drafter), []
+    seq = Sequence(0, [1, 2, 3], SamplingParams(temperature=1.0), Randomness(3))
+    for step in range(17):
+        (tree,) = builder.build([seq], [20], [9])
+        shapes.append((len(tree.children(0)), int(tree.depths.max())))
+        for kind in range(2):
+            builder.trusts[seq.params].learn(np.array([kind]), np.log(np.array([0.9])), np.array([step % 8 == 7]))
+    assert shapes[0][1] >= 4 and shapes[0][0] < 10
+    assert shapes[-1][1] <= 2 and shapes[-1][0] >= 15
+
+
+def test_the_mean_tree_has_the_size_that_pays() -> None:
+    """With costs: a target whose nodes are dear gets fewer of them."""
+    drafter: Any = ToyDrafter(Toy(30, seed=4, scale=0.3))
+    seq, sizes = make_sequence(), []
+    for node in (0.0, 0.1, 1.0):
+        table = {(1, nodes, 0): 1 + node * nodes for nodes in range(1, 33)}
+        costs = Costs(CostModel(table), CostModel({(1, 1, 0): 0.05}))
+        (tree,) = timeless(SampledTree(drafter, "without_replacement", costs=costs)).build([seq], [32], [8])
+        sizes.append(len(tree))
+    assert sizes[0] > 1.5 * sizes[1] > 2 * sizes[2] >= 4
+
+
+def test_the_budget_goes_to_the_best_draws() -> None:
+    """The docstring's example."""
+    mean = np.array([0.5, 0.1])
+    start = _Draw(0.5, 7, 0, 0, np.array([0.5, 0.3]))
+    draws = list(islice(_best_first([start], mean, deepest=4, confidence=0.2), 3))
+    assert [(draw.node, draw.chance) for draw in draws] == [(7, 0.5), (7, pytest.approx(0.3)), (UNBORN, 0.25)]
+
+
+def test_what_the_draws_will_be_is_foreseen() -> None:
+    """Against draws: how probable to the drafter the first, second, ... token is."""
+    law, many = np.array([0.5, 0.2, 0.1, 0.1, 0.05, 0.05]), 4
+    rng, found = np.random.default_rng(0), np.zeros((many, len(law)))
+    for _ in range(4000):
+        found[np.arange(many), rng.choice(len(law), many, replace=False, p=law)] += 1 / 4000
+    places = bins(np.log(law))
+    foreseen = _drawn(law, many)
+    assert np.allclose(foreseen.sum(1), 1.0, atol=0.03)
+    for place in set(places.tolist()):
+        assert foreseen[:, place] == pytest.approx(found[:, places == place].sum(1), abs=0.12)
 
 
 def test_a_law_recorded_wrong_is_seen() -> None:

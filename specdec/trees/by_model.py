@@ -26,7 +26,7 @@ from specdec.trees.chain import Chain
 from specdec.trees.per_class import PerClass
 from specdec.trees.trust import HOLD, Trust
 
-__all__ = ["Costs", "Drafted", "Edges", "Plan", "TreeByModel", "spine_kind"]
+__all__ = ["Costs", "Drafted", "Edges", "Plan", "TreeByModel", "forward_seconds", "spine_kind"]
 
 
 LONGEST_SPINE = 15
@@ -62,8 +62,7 @@ class Drafted:
         """What the target said after the nodes that it visited."""
         said = [*tree.tokens[verdict.nodes[1:]].tolist(), verdict.next_token]
         for node, token in zip(self.nodes[verdict.nodes].tolist(), said):
-            if (children := self.plan.edges.get(node)) is not None:
-                self.plan.trust.learn(children.kinds, children.logs, children.tokens == token)
+            self.plan.learn(node, token)
 
 
 @dataclass
@@ -112,6 +111,11 @@ class Plan:
     def fresh(self) -> list[int]:
         """The nodes that the drafter would read next; none: the tree is complete."""
         raise NotImplementedError
+
+    def learn(self, node: int, token: int) -> None:
+        """The target said `token` after this node, which it visited."""
+        if (children := self.edges.get(node)) is not None:
+            self.trust.learn(children.kinds, children.logs, children.tokens == token)
 
     def promise(self, nodes: Seq[int]) -> float:
         """Tokens that the children of these nodes are expected to add to the accepted path."""
@@ -184,14 +188,14 @@ class TreeByModel:
         """Of a step without drafts; 1 without costs."""
         if self.costs is None:
             return 1.0
-        return float(_forward(self.costs.target, 1, seqs))
+        return float(forward_seconds(self.costs.target, 1, seqs))
 
     def reading_seconds(self, seqs: Seq[Sequence]) -> float:
         """Of what a step with this drafter must read first; 0 without costs."""
         if self.costs is None:
             return 0.0
         unread = sum(tokens for seq in seqs if (tokens := self.model.unread(seq)) > CATCH_UP)
-        return unread * float(_forward(self.costs.drafter, READ_NODES, seqs[:1])) / READ_NODES
+        return unread * float(forward_seconds(self.costs.drafter, READ_NODES, seqs[:1])) / READ_NODES
 
     def outlook(self, seqs: Seq[Sequence]) -> tuple[float, float] | None:
         """Tokens and plain steps of a step of the depth that pays best, if a level of two nodes holds the target's token with the chance
@@ -200,8 +204,8 @@ class TreeByModel:
             return None
         levels = np.arange(1, DEEPEST + 1)
         tokens = (1 - HOLD ** (levels + 1)) / (1 - HOLD)
-        seconds = _forward(self.costs.target, 1 + 2 * levels, seqs) + self.costs.target.host_seconds
-        seconds += levels * _forward(self.costs.drafter, 2, seqs)
+        seconds = forward_seconds(self.costs.target, 1 + 2 * levels, seqs) + self.costs.target.host_seconds
+        seconds += levels * forward_seconds(self.costs.drafter, 2, seqs)
         best = int(np.argmax(tokens / seconds))
         return float(tokens[best]), float(seconds[best]) / self.plain_seconds(seqs)
 
@@ -217,6 +221,10 @@ class TreeByModel:
     def laws(self, seq: Sequence) -> SamplingParams:
         """Temperature and truncation of the drafter for this request."""
         return seq.params if self.sampling is None or seq.params.temperature == 0 else self.sampling
+
+    def trust_of(self, seq: Sequence) -> Trust:
+        """What is known of the drafter when it drafts for this request."""
+        return self.trusts[seq.params]
 
     def start(self, seq: Sequence) -> None:
         self.model.start(seq)
@@ -250,7 +258,7 @@ class TreeByModel:
                 growth=growth,
                 budget=budget,
                 depth=limit,
-                trust=self.trusts[seq.params],
+                trust=self.trust_of(seq),
                 match=self._match.get(seq.id, 0),
             )
             for seq, growth, budget, limit in zip(seqs, growths, budgets, limits)
@@ -267,7 +275,7 @@ class TreeByModel:
                 if known[0]:
                     self.costs.drafter.observe(width, context, len(seqs), now - started)
                 else:  # the first forward reads the text too, which is no reason to draft more
-                    begin = max(begin, now - float(_forward(self.costs.drafter, width, seqs)))
+                    begin = max(begin, now - float(forward_seconds(self.costs.drafter, width, seqs)))
             known, started = [len(growth.tokens) for growth in growths], now
             fresh = [plan.fresh() for plan in plans]
             size = self._best_size(plans, context, now - begin)
@@ -333,7 +341,7 @@ def spine_kind(first: int, match: int) -> int:
     return first + (0 if match <= 2 else 1 if match <= 6 else 2)
 
 
-def _forward(costs: CostModel, nodes: int | np.ndarray, seqs: Seq[Sequence]) -> np.ndarray:
+def forward_seconds(costs: CostModel, nodes: int | np.ndarray, seqs: Seq[Sequence]) -> np.ndarray:
     """Seconds of a forward over `nodes` nodes a row, of the shape of `nodes`."""
     sizes, seconds = costs.curve(max(len(seq.token_ids) for seq in seqs), len(seqs))
     return seconds[np.minimum(np.searchsorted(sizes, nodes), len(sizes) - 1)]

@@ -35,7 +35,7 @@ from specdec.trees.chain import Chain
 
 __all__ = ["DraftedTree"]
 
-BRANCHES = 8  # children of a node that are looked at
+BRANCHES = 20  # children of a node that are looked at: the more the worse the drafter
 WIDTH = 8  # nodes that one forward of the drafter reads, at most
 MIN_GAIN = 0.25  # without costs: nodes on the accepted path for which a forward of the drafter is worth it
 TEMPER = 0.5  # sharpness of the scores where drafter and target share their noise

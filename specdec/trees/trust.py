@@ -3,7 +3,11 @@
 A drafter's probability of a token says how likely the drafter is to say it, not how likely the target is. So proposals fall in
 classes, by kind and by the drafter's log-odds, and each class counts its trials and its successes, decayed. Trials are all candidates
 of the nodes that the target visited, in the tree or not. Worked example: of 40 proposals to which the drafter gave about .5, 32
-were right: the next one counts .79 (the prior, 6 trials at .5, has its say).
+were right: the next one counts .80.
+
+A drafter that is wrong is wrong in all classes of a kind, and a request has too few tokens to find that out class by class: the
+prior of each is scaled by what the whole kind got right of what the drafter had said. Of 10 proposals at .8, 2 were right: the
+next one at .9, the first of its class, counts .9 * (2 + 1) / (8 + 1) = .3.
 
 It shapes trees and never judges them: any function of earlier steps may (verification.md 4.4).
 """
@@ -12,16 +16,18 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["KINDS", "Trust"]
+__all__ = ["BINS", "CERTAIN", "DRAWS", "KINDS", "RATE", "Trust", "bins"]
 
-KINDS = 6  # sorts of proposals that are told apart, see the builders
+KINDS = 7  # sorts of proposals that are told apart, see the builders
 BINS = 24
 _WIDTH = 0.75  # of a bin, in log-odds
 PRIOR = 6.0  # trials that the starting values count as
+PRIOR_RIGHT = 1.0  # right proposals of a kind, all of them as the drafter had said, that its scale begins with
 DECAY = 0.998  # of a class's counts, at each of its own trials
-SURE = 0.98  # siblings exclude each other: their chances sum to at most this
+CERTAIN = 0.98  # siblings exclude each other: their chances sum to at most this
 HOLD = 0.6  # start of `hold`
-_RATE = 0.05
+DRAWS = 16  # children of a node that `draws` speaks of
+RATE = 0.05
 _CENTRES = 1 / (1 + np.exp(-(np.arange(BINS) + 0.5 - BINS / 2) * _WIDTH))
 
 
@@ -29,9 +35,10 @@ class Trust:
     """What was learned of one drafter under one class of requests."""
 
     def __init__(self) -> None:
-        self._trials = np.full((KINDS, BINS), PRIOR)
-        self._hits = PRIOR * np.tile(_CENTRES, (KINDS, 1))
+        self._trials = np.zeros((KINDS, BINS))
+        self._hits = np.zeros((KINDS, BINS))
         self.hold = HOLD  # chance that some child of a node is right, given that the node is: a mean over nodes
+        self.draws = HOLD / np.arange(1, DRAWS + 1) ** 2  # [DRAWS] the same of the first, second ... child: see SampledTree
 
     def chances(self, kinds: np.ndarray, logs: np.ndarray) -> np.ndarray:
         """[C] chance of each of the children of one node that is right.
@@ -40,22 +47,29 @@ class Trust:
             kinds: [C] in 0..KINDS-1.
             logs: [C] logarithms of the drafter's probabilities, <= 0.
         """
-        bins = _bins(logs)
-        found = self._hits[kinds, bins] / self._trials[kinds, bins]
+        places = bins(logs)
+        found = self.table()[kinds, places]
         total = float(found.sum())
-        if total > SURE:
-            found *= SURE / total
-        self.hold += _RATE * (min(total, SURE) - self.hold)
+        if total > CERTAIN:
+            found *= CERTAIN / total
+        self.hold += RATE * (min(total, CERTAIN) - self.hold)
         return found
+
+    def table(self) -> np.ndarray:
+        """[KINDS, BINS] chance of a proposal of each class, its siblings aside."""
+        said = (self._trials * _CENTRES).sum(1)
+        scale = (self._hits.sum(1) + PRIOR_RIGHT) / (said + PRIOR_RIGHT)
+        prior = np.minimum(scale[:, None] * _CENTRES, CERTAIN)
+        return (self._hits + PRIOR * prior) / (self._trials + PRIOR)
 
     def learn(self, kinds: np.ndarray, logs: np.ndarray, right: np.ndarray) -> None:
         """Children [C] of a node that the target visited; `right` [C] bool: it said this one."""
-        for kind, place, hit in zip(kinds.tolist(), _bins(logs).tolist(), right.tolist()):
+        for kind, place, hit in zip(kinds.tolist(), bins(logs).tolist(), right.tolist()):
             self._trials[kind, place] = self._trials[kind, place] * DECAY + 1
             self._hits[kind, place] = self._hits[kind, place] * DECAY + hit
 
 
-def _bins(logs: np.ndarray) -> np.ndarray:
+def bins(logs: np.ndarray) -> np.ndarray:
     """[C] class of each log-probability, by its log-odds."""
     logs = np.minimum(np.asarray(logs, np.float64), -1e-9)
     odds = logs - np.log(-np.expm1(logs))
