@@ -90,7 +90,7 @@ def expected_laws(model: Any, text: list[int], drafts: list[int]) -> list[torch.
 
 def test_its_laws_are_those_of_transformers(model: Any) -> None:
     """After every step, drafts accepted or not: the root's law, and those along the tree's first path."""
-    engine = Engine(model, method="draft_model", budget=12, drafter="mtp")
+    engine = Engine(model, method="draft_model", budget=40, drafter="mtp")  # random weights: some draft must be right by chance
     drafter: Any = engine.builder.model  # type: ignore[attr-defined]
     accepted = 0
     with engine._running(engine._sequences([PROMPTS[3]], [GREEDY])):
@@ -132,7 +132,7 @@ def test_the_rules_that_know_its_law(model: Any) -> None:
 def test_samples_of_one_prompt(model: Any) -> None:
     """A copied prompt has no hidden states, so it is not copied."""
     params = SamplingParams(max_new_tokens=20, temperature=0.8, seed=3, n=3)
-    engine = Engine(model, method="draft_model", budget=12, drafter="mtp")
+    engine = Engine(model, method="draft_model", budget=40, drafter="mtp")  # random weights: some draft must be right by chance
     found = engine.generate([PROMPTS[1]], params)
     plain = Engine(model, method="none").generate([PROMPTS[1]], params)
     assert [result.token_ids for result in found] == [result.token_ids for result in plain]
