@@ -56,8 +56,8 @@ def tree_of(result: ReasonResult) -> dict[str, Any]:
 
 def test_a_result(engine: specdec.Engine) -> None:
     events: list[Event] = []
-    result = solve(engine, evaluator=by_text, on_event=events.append)
-    assert 0 < result.used <= result.budget == 150 and result.problem == PROBLEM
+    result = solve(engine, 300, evaluator=by_text, on_event=events.append)
+    assert 0 < result.used <= result.budget == 300 and result.problem == PROBLEM
     assert result.answer == result.answers[0].value and result.status in (Status.ANSWERED, Status.TRUNCATED)
     assert result.text == "".join(result.tree.steps(result.node))
     assert result.cached_tokens > 0 and result.evaluator_tokens == 0
