@@ -3,8 +3,8 @@
 Laws are dense (no top-k), the worst case: target logits N(0, 3), the drafter's are those plus N(0, 1). A tree of levels 4, 12 and
 15 for all rules but block, which gets a chain of 31. Drafts drawn apart from the target's noise let `match` visit a node or two, so
 it has three cases more: the drafts are the target's own draws, accepted to the last level, without truncation, with top_k 50 and
-top_p .9, and with top_p .9 alone, which keeps tens of thousands of tokens of so flat a law. Not counted: the target's logits, the drawing of the drafts. The last stdout line is one JSON object: case -> median ms a step and mean
-tokens a step.
+top_p .9, and with top_p .9 alone, which keeps tens of thousands of tokens of so flat a law. Not counted: the target's logits, the
+drawing of the drafts. The last stdout line is one JSON object: case -> median ms a step and mean tokens a step.
 """
 
 from __future__ import annotations

@@ -309,6 +309,8 @@ def _decode(
     params = SamplingParams(max_new_tokens=max(1, max_length - length), temperature=1.0 if sampling else 0.0, seed=seed)
     keep = config.return_dict_in_generate
     samples = max(1, config.num_return_sequences or 1)
+    if type(processors) is LogitsProcessorList:
+        processors = with_fast_top_p(processors)
     tokens = input_ids.tolist()
     sequences = [
         engine.new_sequence(
@@ -366,8 +368,6 @@ def _left_padding(input_ids: torch.Tensor, mask: torch.Tensor | None, position_i
 
 def _row_processors(processors: Any, row: int, rows: int, samples: int) -> Any:
     """The processors as one row sees them: transformers calls them once for the batch, specdec once a row and token."""
-    if type(processors) is LogitsProcessorList:
-        processors = with_fast_top_p(processors)
     if not processors or rows == 1:
         return processors or None
     return LogitsProcessorList(_bound_to_row(processor, row, row // samples) for processor in processors)

@@ -128,6 +128,9 @@ def _choose(key: np.uint64, scores: np.ndarray, best_score: int, least: np.ndarr
         score, most = np.float32(-np.inf), np.int64(0)
         for token in range(start, end):
             score = max(score, scores[token])
+        if score == -np.inf:  # after top-k nearly every block
+            continue
+        for token in range(start, end):
             most = max(most, np.int64(_mix(np.uint64(token) * _WEYL + key) >> _U12))
         lack = best - score - (_SLACK + _SLACK_SHARE * abs(best))
         if lack > 0 and most < least[len(least) - 1 if lack > len(least) - 1 else int(lack)]:

@@ -372,13 +372,13 @@ class TargetModel:
         start = cache.starts[0]
         batch = TreeBatch(cache.starts, None, [len(tokens)], self.device)
         positions = torch.arange(start, start + len(tokens))[None]
-        wanted = min(len(piece), offset + len(piece) - first) if observe else 0
-        keep = wanted + len(tokens) - len(piece) if wanted > 0 else 1
+        wanted = max(0, min(len(piece), offset + len(piece) - first)) if observe else 0
+        keep = max(1, wanted + len(tokens) - len(piece))
         logits = self._run(cache, batch, torch.tensor([tokens]), positions, keep)
         cache.commit(row, range(len(piece)))
         if self.hidden_listener is not None and self.hidden is not None:
             self.hidden_listener(row, self.hidden[0, : len(piece)])
-        if observe and wanted > 0:
+        if observe and wanted:
             observe(offset + len(piece) - wanted, logits[0, :wanted])
 
     @property
