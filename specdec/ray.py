@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Generator", "deployment", "reason_all"]
 
+GRACE = 10.0  # seconds for a task to end after it was interrupted
+
 Model = (
     str | Path | Callable[[], tuple[Any, Any]] | None
 )  # folder or hub name, what makes (model, tokenizer), or the embedded one
@@ -238,8 +240,17 @@ def reason_all(
             (ended,), _ = ray.wait(list(running))
             yield running.pop(ended), _result_of(ended)
     finally:
-        for task_left in running:
-            ray.cancel(task_left)
+        _stop(list(running))
+
+
+def _stop(tasks: list[Any]) -> None:
+    """Interrupt them. One that does not end for that, since an interrupt may be lost while a process starts or in a callback, loses
+    its process: a search goes on from its checkpoint wherever it was killed."""
+    for task in tasks:
+        ray.cancel(task)
+    deaf = ray.wait(tasks, num_returns=len(tasks), timeout=GRACE)[1] if tasks else []
+    for task in deaf:
+        ray.cancel(task, force=True)
 
 
 def _result_of(ended: Any) -> ReasonResult | GenerationError | RayError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -262,6 +263,36 @@ def test_a_search_that_raises_takes_nobody_with_it(
     (tmp_path / "1.json").unlink()  # of a smaller budget
     assert next(endless)[0] == 0
     endless.close()
+    everything = ray.remote(lambda: "free").options(num_cpus=2)
+    assert ray.get(everything.remote(), timeout=120) == "free"
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_search_that_no_interrupt_reaches_gives_its_cpu_back(
+    cluster: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    import specdec.ray
+
+    begun = tmp_path / "begun"
+
+    def deaf(problem: str, steps: Any) -> float:
+        begun.touch()
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(1)
+
+    monkeypatch.setattr(specdec.ray, "GRACE", 2.0)
+    (tmp_path / "0.json").write_text("nonsense")
+    searches = specdec.ray.reason_all(
+        tiny_folder, ["What is 2 + 2?", "What is 3 * 3?"], BUDGET, tmp_path, evaluator=deaf, engine_options=ENGINE, **SEARCH
+    )
+    assert next(searches)[0] == 0
+    while not begun.exists():
+        time.sleep(0.1)
+    searches.close()
     everything = ray.remote(lambda: "free").options(num_cpus=2)
     assert ray.get(everything.remote(), timeout=120) == "free"
 
