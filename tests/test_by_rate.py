@@ -20,7 +20,7 @@ from specdec.trees.best_first import BestFirst
 from specdec.trees.by_model import Costs
 from specdec.trees.by_rate import ByRate
 from specdec.trees.chain import Chain, NoSource
-from specdec.trees.trust import PRIOR, Trust
+from specdec.trees.trust import Trust
 
 SEEDS = range(8)
 LOSERS = [
@@ -282,13 +282,30 @@ def test_trust_moves_from_the_drafters_word_to_what_is_true() -> None:
     trust, kinds, half = Trust(), np.array([0]), np.log(np.array([0.5000001]))
     for step in range(40):
         trust.learn(kinds, half, np.array([step % 5 != 0]))
-    prior = 0.593 * (32 + 1) / (40 * 0.593 + 1)
-    assert trust.chances(kinds, half)[0] == pytest.approx((32 + PRIOR * prior) / (40 + PRIOR), abs=0.02)
+    assert trust.chances(kinds, half)[0] == pytest.approx(0.8, abs=0.005)
     assert trust.chances(np.array([1]), half)[0] == pytest.approx(0.593, abs=0.001)  # another kind
+    third = np.array([3])
     for step in range(10):
-        trust.learn(np.array([3]), np.log(np.array([0.8])), np.array([step < 2]))
-    surer = trust.chances(np.array([3]), np.log(np.array([0.9])))[0]  # the first of its class, but its kind is known
-    assert surer == pytest.approx(0.9 * (2 + 1) / (8 + 1), abs=0.03)
+        trust.learn(third, np.log(np.array([0.8])), np.array([step < 2]))
+    assert trust.chances(third, np.log(np.array([0.8])))[0] == pytest.approx(0.21, abs=0.01)
+    assert trust.chances(third, np.log(np.array([0.9])))[0] == pytest.approx(0.24, abs=0.01)  # the first of its class
+    assert trust.chances(third, np.log(np.array([0.9998])))[0] == pytest.approx(0.95, abs=0.01)
+
+
+def test_a_drafter_that_is_wrong_where_it_doubts_is_believed_where_it_is_sure() -> None:
+    """Chances that were scaled by what the whole kind got right were .97 here, and .84 where nothing had been seen, at .999."""
+    trust, kinds = Trust(), np.array([0])
+    doubtful, sure = np.log(np.array([0.6])), np.log(np.array([0.9999]))
+    for step in range(30):
+        trust.learn(kinds, doubtful, np.array([step % 3 == 0]))
+        trust.learn(kinds, sure, np.array([True]))
+    assert trust.chances(kinds, doubtful)[0] == pytest.approx(1 / 3, abs=0.06)
+    assert trust.table()[0, -1] > 0.985
+    assert trust.chances(kinds, np.log(np.array([0.999])))[0] > 0.95
+
+
+def test_chances_of_siblings_sum_to_less_than_one() -> None:
+    trust = Trust()
     many = trust.chances(np.zeros(5, np.intp), np.log(np.full(5, 0.9)))
     assert many.sum() <= 0.98 + 1e-12
     extreme = trust.chances(np.array([0, 1]), np.array([-np.inf, 0.0]))
