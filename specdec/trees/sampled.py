@@ -184,17 +184,12 @@ class _Draws(Plan):
         for node, law in zip(nodes, laws):
             if node < self.guessed:  # the spine's child is there, and waits for this
                 self._weigh(node, [node + 1], law)
-        table = self.trust.table()
-        self.worth |= {node: self._worth_of(node, law, table) for node, law in zip(nodes, laws)}
+        self.worth |= {node: self._worth_of(node, law) for node, law in zip(nodes, laws)}
         self._want([node for node in nodes if self.depths[node] < self.depth])
 
-    def _worth_of(self, node: int, law: np.ndarray, table: np.ndarray) -> np.ndarray:
-        """[DRAWS] chance of each child that the node may get to be the right one, before any is drawn from `law` [V].
-
-        Args:
-            table: `Trust.table()`, one for all nodes of a level.
-        """
-        law = law.copy()
+    def _worth_of(self, node: int, law: np.ndarray) -> np.ndarray:
+        """[DRAWS] chance of each child that the node may get to be the right one, before any is drawn from `law` [V]."""
+        law, table = law.copy(), self.trust.table()
         if self.params.temperature == 0:
             return _falling(table[SURE, bins(np.log(np.maximum(np.sort(law)[-DRAWS:][::-1], 1e-30)))])
         if node < self.guessed:

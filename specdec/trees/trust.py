@@ -35,6 +35,7 @@ HOLD = 0.6  # start of `hold`
 DRAWS = 16  # children of a node that `draws` speaks of
 RATE = 0.05
 _CENTRES = 1 / (1 + np.exp(-(np.arange(BINS) + 0.5 - BINS / 2) * _WIDTH))
+_ODDS = _CENTRES / (1 - _CENTRES)
 _NEARNESS = NEAR ** np.abs(np.subtract.outer(np.arange(BINS), np.arange(BINS)))
 
 
@@ -44,6 +45,7 @@ class Trust:
     def __init__(self) -> None:
         self._trials = np.zeros((KINDS, BINS))
         self._hits = np.zeros((KINDS, BINS))
+        self._table: np.ndarray | None = None  # of these counts: every node of a tree asks for it
         self.hold = HOLD  # chance that some child of a node is right, given that the node is: a mean over nodes
         self.draws = HOLD / np.arange(1, DRAWS + 1) ** 2  # [DRAWS] the same of the first, second ... child: see SampledTree
 
@@ -64,13 +66,16 @@ class Trust:
 
     def table(self) -> np.ndarray:
         """[KINDS, BINS] chance of a proposal of each class, its siblings aside."""
-        said, right, trials = (self._trials * _CENTRES).sum(1), self._hits.sum(1), self._trials.sum(1)
-        found = (right + PRIOR_KIND) / (said + PRIOR_KIND) * (trials - said + PRIOR_KIND) / (trials - right + PRIOR_KIND)
-        odds = found[:, None] * (_CENTRES / (1 - _CENTRES))
-        return (self._hits @ _NEARNESS + PRIOR * odds / (1 + odds)) / (self._trials @ _NEARNESS + PRIOR)
+        if self._table is None:
+            said, right, trials = (self._trials * _CENTRES).sum(1), self._hits.sum(1), self._trials.sum(1)
+            ratio = (right + PRIOR_KIND) / (said + PRIOR_KIND) * (trials - said + PRIOR_KIND) / (trials - right + PRIOR_KIND)
+            odds = ratio[:, None] * _ODDS
+            self._table = (self._hits @ _NEARNESS + PRIOR * odds / (1 + odds)) / (self._trials @ _NEARNESS + PRIOR)
+        return self._table
 
     def learn(self, kinds: np.ndarray, logs: np.ndarray, right: np.ndarray) -> None:
         """Children [C] of a node that the target visited; `right` [C] bool: it said this one."""
+        self._table = None
         for kind, place, hit in zip(kinds.tolist(), bins(logs).tolist(), right.tolist()):
             self._trials[kind, place] = self._trials[kind, place] * DECAY + 1
             self._hits[kind, place] = self._hits[kind, place] * DECAY + hit
