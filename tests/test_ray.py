@@ -240,6 +240,13 @@ def test_a_killed_search_goes_on_and_ends_as_if_nothing_had_been(
     assert [again[place].generated for place in range(2)] == [0, 0]
 
 
+def assert_all_cpus_are_free() -> None:
+    import ray
+
+    everything = ray.remote(lambda: "free").options(num_cpus=2)
+    assert ray.get(everything.remote(), timeout=120) == "free"
+
+
 @needs_ray
 @pytest.mark.slow
 def test_a_search_that_raises_takes_nobody_with_it(
@@ -263,8 +270,7 @@ def test_a_search_that_raises_takes_nobody_with_it(
     (tmp_path / "1.json").unlink()  # of a smaller budget
     assert next(endless)[0] == 0
     endless.close()
-    everything = ray.remote(lambda: "free").options(num_cpus=2)
-    assert ray.get(everything.remote(), timeout=120) == "free"
+    assert_all_cpus_are_free()
 
 
 @needs_ray
@@ -272,8 +278,6 @@ def test_a_search_that_raises_takes_nobody_with_it(
 def test_a_search_that_no_interrupt_reaches_gives_its_cpu_back(
     cluster: None, tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
     import specdec.ray
 
     begun = tmp_path / "begun"
@@ -293,8 +297,7 @@ def test_a_search_that_no_interrupt_reaches_gives_its_cpu_back(
     while not begun.exists():
         time.sleep(0.1)
     searches.close()
-    everything = ray.remote(lambda: "free").options(num_cpus=2)
-    assert ray.get(everything.remote(), timeout=120) == "free"
+    assert_all_cpus_are_free()
 
 
 @needs_ray
