@@ -158,6 +158,7 @@ class Engine:
         self._accept_rule = RULES[self.rule]
         warm_up(self.builder, self.target.vocab_size, self.target.dtype)
         self.cache: KVCache = self.target.new_cache(1, 256)
+        self._needs_states = False
         self._attach()
         self.rows: list[Sequence] = []  # live sequences; sequence i owns cache row i
         self.waiting: deque[Sequence] = deque()
@@ -170,7 +171,8 @@ class Engine:
     def _attach(self) -> None:
         if isinstance(drafting := getattr(self.builder, "model", None), DraftModel):
             drafting.attach(self.target, self.cache)
-        if self.target.compiled is not None and self.target.hidden_listener is not None:
+            self._needs_states = drafting.needs_states
+        if self.target.compiled is not None and self._needs_states:
             raise ValueError('drafter "mtp" reads hidden states, which compile=True does not give; fix: one of the two')
 
     # ---- requests -------------------------------------------------------------------------------------------------------
@@ -232,13 +234,13 @@ class Engine:
         if self.target.rope.past(len(ids)):  # the whole text has frequencies of its own
             store = None
         with self._lock:
-            listener, self.target.hidden_listener = self.target.hidden_listener, None  # its cache has no such row
+            listener, self.target.on_prefill = self.target.on_prefill, None  # its cache has no such row
             cache = self.target.new_cache(1, len(ids) + 1)
             read = store.load(ids[:first], cache) if store is not None else 0
             try:
                 self.target.prefill(cache, 0, ids[read:], observe, first - read, BLOCK)
             finally:
-                self.target.hidden_listener = listener
+                self.target.on_prefill = listener
             if store is not None:
                 store.save(ids[:first], cache)
         return TextScore(logprobs, last[0])
@@ -435,7 +437,7 @@ class Engine:
     @property
     def _may_copy(self) -> bool:
         """Whether K/V that another request computed are this one's too, and nothing else is needed of the prompt."""
-        return self.target.rope.kind is None and self.target.hidden_listener is None
+        return self.target.rope.kind is None and not self._needs_states
 
     def _rebuild_past_threshold(self) -> None:
         """longrope: the first token past the threshold changes the frequencies of the whole cache, as in transformers."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -152,9 +152,10 @@ class TargetModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
         self._batch: TreeBatch | None = None  # what the forward under way attends to
         self._calls: list[int] = []  # sliding window of each attention call of the last forward
-        self.hidden_listener: Callable[[int, torch.Tensor], None] | None = None  # gets each prefill chunk's row, states [n, H]
-        self.hidden: torch.Tensor | None = None  # with a listener: last hidden states [B, M, H] of the latest forward ...
-        self.hidden_row = 0  # ... and its first row
+        self.watched: tuple[torch.nn.Module, ...] = ()  # modules of the model, for who reads what they put out
+        self.seen: list[torch.Tensor] | None = None  # [B, M, H] each, of the latest forward; None: it told nothing (compiled) ...
+        self.seen_row = 0  # ... and its first row
+        self.on_prefill: Callable[[int, list[torch.Tensor]], None] | None = None  # gets each prefill chunk's row, and [n, H] each
         self._interface = f"specdec_{next(_names)}"
         _register(self)
         self.uses_interface = bool(getattr(_unwrapped(model), "_supports_attention_backend", False))
@@ -241,7 +242,7 @@ class TargetModel:
                     config._attn_implementation_internal = self._interface
                 elif config._attn_implementation_internal not in ("eager", "sdpa"):
                     config._attn_implementation_internal = "eager"
-            with torch.inference_mode(), _evaluating(self.model), linear:
+            with torch.inference_mode(), evaluating(self.model), linear:
                 yield
         finally:
             for config, implementation in zip(self._configs, saved):
@@ -286,11 +287,9 @@ class TargetModel:
         kwargs: dict[str, Any] = {self._cache_argument: cache}
         if self._keeps_logits:
             kwargs["logits_to_keep"] = keep
-        if self.hidden_listener is not None:
-            kwargs["output_hidden_states"] = -1  # the last ones alone, as transformers' own use of such layers asks for
         parents = [] if batch.trees is None else [tree.parents for tree in batch.trees]
         self.ranks.compare(input_ids.numpy(), position_ids.numpy(), *parents)
-        with self._installed(batch):
+        with self._installed(batch), outputs_of(self.watched) as seen:
             output = self.model(
                 input_ids=input_ids.to(batch.device),
                 attention_mask=self._mask(batch),
@@ -299,8 +298,7 @@ class TargetModel:
                 return_dict=True,
                 **kwargs,
             )
-        if self.hidden_listener is not None:
-            self.hidden = output.hidden_states[-1]
+        self.seen = [seen[module] for module in self.watched] if self.watched and len(seen) == len(self.watched) else None
         return output.logits[:, -keep:] if keep else output.logits
 
     def forward(self, cache: KVCache, trees: Seq[DraftTree], first_row: int = 0, known: Seq[int] | None = None) -> torch.Tensor:
@@ -325,8 +323,9 @@ class TargetModel:
             positions[row, : len(tree) - first] = cache.starts[row] + tree.depths[first:]
         batch = TreeBatch(cache.starts, list(trees), counts, self.device, old if any(old) else None)
         if self.compiled is not None and (logits := self.compiled(cache, batch, tokens, positions)) is not None:
+            self.seen = None
             return logits
-        self.hidden_row = first_row
+        self.seen_row = first_row
         return self._run(cache, batch, torch.from_numpy(tokens), torch.from_numpy(positions), 0)
 
     def prefill(
@@ -376,8 +375,8 @@ class TargetModel:
         keep = max(1, wanted + len(tokens) - len(piece))
         logits = self._run(cache, batch, torch.tensor([tokens]), positions, keep)
         cache.commit(row, range(len(piece)))
-        if self.hidden_listener is not None and self.hidden is not None:
-            self.hidden_listener(row, self.hidden[0, : len(piece)])
+        if self.on_prefill is not None and self.seen is not None:
+            self.on_prefill(row, [states[0, : len(piece)] for states in self.seen])
         if observe and wanted:
             observe(offset + len(piece) - wanted, logits[0, :wanted])
 
@@ -466,7 +465,7 @@ class TargetModel:
 
     def _sequential(self, ids: list[int]) -> torch.Tensor:
         """Logits after the last of `ids` by the model alone (its own attention and cache), [V]."""
-        with torch.inference_mode(), _evaluating(self.model):
+        with torch.inference_mode(), evaluating(self.model):
             cache = DynamicCache(config=_text_config(self.model))
             device, kept = self.device, {self._cache_argument: cache}
             self.model(input_ids=torch.tensor([ids[:-1]], device=device), use_cache=True, **kept)
@@ -533,7 +532,7 @@ def _limit(dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """No dropout inside; afterwards every module is in the mode it was in, frozen parts of a model in training too."""
     training = [module for module in model.modules() if module.training] if model.training else []
     try:
@@ -543,6 +542,20 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def outputs_of(modules: Iterable[torch.nn.Module]) -> Iterator[dict[torch.nn.Module, torch.Tensor]]:
+    """What each of these modules puts out inside, its latest output; none of them is changed."""
+    outputs: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def note(module: torch.nn.Module, _: Any, output: Any) -> None:
+        outputs[module] = output[0] if isinstance(output, tuple) else output
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(note).remove)
+        yield outputs
 
 
 def _register(target: TargetModel) -> None:

@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from bench.plain_search import KeyedGumbel
 
-__all__ = ["KeyedGumbel", "greedy_loop", "next_scores", "sample_loop"]
+__all__ = ["KeyedGumbel", "greedy_loop", "least_squares", "next_scores", "sample_loop"]
 
 
 @torch.no_grad()
@@ -34,3 +34,20 @@ def sample_loop(
     while len(text) < len(ids) + n and (len(text) == len(ids) or text[-1] not in eos):
         text.append(int(torch.argmax(next_scores(model, text, processor), dim=-1)))
     return text[len(ids) :]
+
+
+def least_squares(blocks: Seq[tuple[torch.Tensor, torch.Tensor]], scale: float, prior: float, drift: float) -> torch.Tensor:
+    """[H + 1, H] fp64: the map of a Lens (rows of D, then b) after these blocks of pairs ([N, H], [N, H]), an inversion for each.
+
+    `scale` is the mean square of the states that the prior knows.
+    """
+    size = blocks[0][0].shape[1] + 1
+    start = torch.full((size,), 1 / (prior * scale), dtype=torch.float64)
+    start[-1] = 1 / prior
+    spread, found = torch.diag(start), torch.zeros(size, size - 1, dtype=torch.float64)
+    for early, late in blocks:
+        x, wanted = torch.cat([early, torch.ones(len(early), 1)], 1).double(), (late - early).double()
+        after = torch.linalg.inv(torch.linalg.inv(spread) + x.T @ x)
+        found = found + after @ x.T @ (wanted - x @ found)
+        spread = after + drift * len(x) * torch.diag(start)
+    return found

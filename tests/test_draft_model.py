@@ -196,8 +196,8 @@ def test_early_exit(method: str, layers: int) -> None:
 
 def test_early_exit_reads_the_same_as_the_first_layers_alone(sharp: Any) -> None:
     """Over the engine's cache, with prompts and commits of the target's, its laws are those of a model of these layers."""
-    engine = Engine(sharp, method="draft_model", budget=8, drafter="early_exit:1")
-    drafter: Any = engine.builder.model  # type: ignore[attr-defined]
+    drafter = EarlyExit(sharp, 1, sharp.config.vocab_size, lens=False)
+    engine = Engine(sharp, method="draft_model", budget=8, drafter=drafter)
     with running(engine):
         for _ in range(4):
             engine.step()

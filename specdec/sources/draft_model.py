@@ -26,14 +26,16 @@ from specdec.draft_tree import NO_PARENT, DraftTree
 from specdec.kv_cache import KVCache
 from specdec.sampling import build_warpers
 from specdec.sequence import SamplingParams, Sequence
+from specdec.sources.lens import Lens, find_ends
 from specdec.target import TargetModel, UnsupportedModelError
 
 __all__ = [
     "DraftModel", "EarlyExit", "Growth", "check_tokenizers", "early_exit_layers", "first_layers", "is_own", "load_drafter", "log_law",
-    "make_drafter",
+    "make_drafter", "stack_path",
 ]  # fmt: skip
 
 logger = logging.getLogger("specdec")
+MOST_PAIRS = 64  # steps whose states wait to be learned from
 CATCH_UP = 8  # tokens of the text that are read together with the root; more are prefilled
 
 
@@ -82,6 +84,7 @@ class DraftModel:
     """
 
     reads_guesses = True  # grow() takes tokens beyond the root
+    needs_states = False  # of the target, at every token of every request
 
     def __init__(self, model: Any, vocab_size: int, compile: bool = False) -> None:
         self._model = model  # kept alive: the TargetModel only refers to it
@@ -127,6 +130,9 @@ class DraftModel:
 
     def verified(self, seq: Sequence, nodes: Seq[int]) -> None:
         """The target has read these nodes, from the root on, and they are accepted, whoever drafted them; after keep()."""
+
+    def reset(self) -> None:
+        """Forget what was learned from texts, where there is any such thing."""
 
     def unread(self, seq: Sequence) -> int:
         """Tokens of the text before its root that grow() reads first."""
@@ -200,25 +206,38 @@ class EarlyExit(DraftModel):
     """The target's own first layers with its final norm and head, for users without a second model.
 
     Their keys and values of the committed text are the target's: it reads and writes the engine's cache, whose slots past the
-    committed ones the target's forward fills anew. So it needs no prompt, no commit and no memory, but no more than `layers` of a
-    model that was not trained for it say little.
+    committed ones the target's forward fills anew. So it needs no prompt, no commit and no memory. What its layers say comes
+    through a Lens, which learns from the states of the prompts and of the accepted tokens.
 
     Args:
         model: the target.
         layers: how many of its first layers, at least 1 and fewer than it has.
+        lens: False reads the layers' plain output, as transformers' assisted generation does.
 
     Raises:
         ValueError: layers out of range.
         UnsupportedModelError: the model has no list of layers to cut.
     """
 
-    def __init__(self, model: Any, layers: int, vocab_size: int, compile: bool = False) -> None:
-        super().__init__(first_layers(model, layers), vocab_size, compile)
+    def __init__(self, model: Any, layers: int, vocab_size: int, compile: bool = False, lens: bool = True) -> None:
+        cut = first_layers(model, layers)
+        self._ends = find_ends(cut, cut.get_submodule(stack_path(model))) if lens else None
+        self.lens: Lens | None = None  # None, too, where the model's states do not go straight from a norm into its head
+        if self._ends is not None:
+            self.lens = Lens(cut.get_output_embeddings(), self._ends.size, self._ends.device)
+            cut = _exchange(cut, self._ends.path, self.lens)
+        super().__init__(cut, vocab_size, compile)
         self.layers = layers
+        self._target: TargetModel | None = None
+        self._pairs: list[list[torch.Tensor]] = []  # states [n, H] of accepted tokens after `layers` layers and at the end
 
     def attach(self, target: TargetModel, cache: KVCache) -> None:
-        """Use the engine's cache."""
+        """Use the engine's cache, and have the target tell its states."""
         self.cache = cache
+        if self._ends is not None:
+            target.watched = (self._ends.layers[-1], self._ends.norm)
+            target.on_prefill = self._prefilled
+            self._target = target
 
     def start(self, seq: Sequence) -> None: ...
 
@@ -227,6 +246,36 @@ class EarlyExit(DraftModel):
     def keep(self, seq: Sequence, nodes: Seq[int]) -> None: ...
 
     def _claim(self, seq: Sequence) -> None: ...
+
+    def grow(self, seqs: Seq[Sequence], guesses: Seq[Seq[int]]) -> tuple[list[Growth], list[torch.Tensor]]:
+        """As DraftModel.grow, once all that was verified is learned."""
+        self._learn()
+        return super().grow(seqs, guesses)
+
+    def _prefilled(self, row: int, states: list[torch.Tensor]) -> None:
+        self._pairs.append(states)
+        self._learn()  # now: a long prompt's states are large
+
+    def verified(self, seq: Sequence, nodes: Seq[int]) -> None:
+        """The target has read these nodes, from the root on, and they are accepted."""
+        if self._target is not None and self._target.seen is not None:
+            row, kept = seq.row - self._target.seen_row, list(nodes)
+            self._pairs.append([states[row, kept] for states in self._target.seen])
+            if len(self._pairs) >= MOST_PAIRS:  # nobody has drafted for long
+                self._learn()
+
+    def _learn(self) -> None:
+        if self._pairs and self.lens is not None and self._ends is not None:
+            early, late = (torch.cat(states) for states in zip(*self._pairs))
+            with torch.inference_mode():
+                self.lens.learn(self._ends.norm(early), late)
+            self._pairs = []
+
+    def reset(self) -> None:
+        """Forget what the lens has learned."""
+        self._pairs = []
+        if self.lens is not None:
+            self.lens.reset()
 
 
 def first_layers(model: Any, layers: int) -> Any:
@@ -239,27 +288,44 @@ def first_layers(model: Any, layers: int) -> Any:
     total = model.config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers < total:
         raise ValueError(f"layers must be an int in [1, {total - 1}], the model has {total}, got {layers!r}")
-    name, stack = next(
-        ((name, module) for name, module in model.named_modules() if isinstance(module, ModuleList) and len(module) == total),
-        (None, None),
-    )
-    if name is None or stack is None:
-        raise UnsupportedModelError(type(model).__name__, f"it has no list of its {total} layers", "draft with another method")
+    path = stack_path(model)
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    *path, last = name.split(".")
     copies = {id(model.config): config, id(model.config.get_text_config(decoder=True)): text}
-    top = shell = _shell(model, copies)
-    for part in path:
+    return _exchange(model, path, ModuleList(list(model.get_submodule(path))[:layers]), copies)
+
+
+def stack_path(model: Any) -> str:
+    """Name of the model's list of layers.
+
+    Raises:
+        UnsupportedModelError: no module is a list of as many layers as its configuration says.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, ModuleList) and len(module) == total:
+            return str(name)
+    raise UnsupportedModelError(type(model).__name__, f"it has no list of its {total} layers", "draft with another method")
+
+
+def _exchange(model: Any, path: str, module: Module, configs: dict[int, Any] | None = None) -> Any:
+    """`model` with another module at this path, all others the very same; it stays as it is itself.
+
+    Args:
+        configs: id of a configuration -> the one in its place.
+    """
+    *parents, last = path.split(".")
+    top = shell = _shell(model, configs or {})
+    for part in parents:
         inner = shell._modules[part]
-        assert inner is not None, "named_modules() found the stack in it"
-        child = _shell(inner, copies)
+        assert inner is not None, "named_modules() found the path"
+        child = _shell(inner, configs or {})
         shell._modules[part] = child
         shell = child
-    shell._modules[last] = ModuleList(list(stack)[:layers])
+    shell._modules[last] = module
     return top
 
 

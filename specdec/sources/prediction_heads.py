@@ -25,7 +25,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from specdec.draft_tree import DraftTree
 from specdec.kv_cache import KVCache
 from specdec.sequence import Sequence
-from specdec.sources.draft_model import DraftModel, Growth
+from specdec.sources.draft_model import DraftModel, Growth, stack_path
+from specdec.sources.lens import find_ends
 from specdec.target import PREFILL_CHUNK, TargetModel, UnsupportedModelError
 
 __all__ = ["PredictionHeads", "load_heads"]
@@ -90,6 +91,7 @@ class PredictionHeads(DraftModel):
     """
 
     reads_guesses = False
+    needs_states = True
 
     def __init__(self, model: Any, vocab_size: int) -> None:
         self._layer = _Reader(load_heads(model))
@@ -97,6 +99,10 @@ class PredictionHeads(DraftModel):
         if self.reader.rope.kind is not None:
             fix = 'another drafter, such as "early_exit:8"'
             raise UnsupportedModelError(self.reader.name, f'drafter "mtp" does not follow {self.reader.rope.kind} RoPE', fix)
+        if (ends := find_ends(model, model.get_submodule(stack_path(model)))) is None:
+            reason = "its head does not read what a norm makes of its last layer's output"
+            raise UnsupportedModelError(type(model).__name__, reason, 'another drafter, such as "early_exit:8"')
+        self._norm = ends.norm
         self._target: TargetModel | None = None
         self._hidden: dict[int, list[torch.Tensor]] = {}  # request -> target's states [K, H] not read yet
         self._requests: dict[int, int] = {}  # row of the target's cache -> request
@@ -105,7 +111,7 @@ class PredictionHeads(DraftModel):
     def attach(self, target: TargetModel, cache: KVCache) -> None:
         """Have the target hand over its hidden states."""
         self._target = target
-        target.hidden_listener = self._prefilled
+        target.watched, target.on_prefill = (self._norm,), self._prefilled
 
     def start(self, seq: Sequence) -> None:
         super().start(seq)
@@ -116,7 +122,8 @@ class PredictionHeads(DraftModel):
         super().finish(seq)
         self._hidden.pop(seq.id, None)
 
-    def _prefilled(self, row: int, hidden: torch.Tensor) -> None:
+    def _prefilled(self, row: int, states: list[torch.Tensor]) -> None:
+        (hidden,) = states
         if (pieces := self._hidden.get(self._requests.get(row, -1))) is not None:
             pieces.append(hidden.clone())
 
@@ -175,6 +182,6 @@ class PredictionHeads(DraftModel):
 
     def verified(self, seq: Sequence, nodes: Seq[int]) -> None:
         """The target has read these nodes, from the root on, and they are accepted."""
-        assert self._target is not None and self._target.hidden is not None
+        assert self._target is not None and self._target.seen is not None
         if seq.id in self._hidden:
-            self._hidden[seq.id].append(self._target.hidden[seq.row - self._target.hidden_row, list(nodes)].clone())
+            self._hidden[seq.id].append(self._target.seen[0][seq.row - self._target.seen_row, list(nodes)].clone())

@@ -325,8 +325,9 @@ class TreeByModel:
             self._match.pop(seq.id, None)
 
     def reset(self) -> None:
-        """Forget how far the drafter can be trusted, and what the spine's source has learned across requests."""
+        """Forget how far the drafter can be trusted, and what it and the spine's source has learned across requests."""
         self.trusts.clear()
+        self.model.reset()
         if self.spine is not None:
             self.spine.reset()
 
