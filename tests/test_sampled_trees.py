@@ -20,6 +20,7 @@ from specdec.randomness import Randomness
 from specdec.sequence import Sequence
 from specdec.sources.base import Chain as Draft
 from specdec.sources.draft_model import DraftModel, Growth
+from specdec.sources.lens import Lens
 from specdec.sources.suffix_automaton import SuffixSource
 from specdec.trees.by_model import Costs
 from specdec.trees.chain import Chain
@@ -40,6 +41,7 @@ class ToyDrafter:
     def __init__(self, toy: Any) -> None:
         self.toy, self.vocab_size, self.reads_guesses, self.reader = toy, toy.vocab_size, True, toy
         self.kept: list[list[int]] = []
+        self.remembers = False
 
     def start(self, seq: Sequence) -> None: ...
 
@@ -263,6 +265,26 @@ def trust_of_all_requests(drafter: Any) -> SampledTree:
     return timeless(SampledTree(drafter, "without_replacement", branching=(1,), confidence=0.0, costs=costs(0.2125)))
 
 
+class LensDrafter(ToyDrafter):
+    """The toy's logits are states, read through a Lens that learns from the target's at every accepted token."""
+
+    def __init__(self, early: Toy, late: Toy) -> None:
+        super().__init__(early)
+        self.remembers, self.states, self.target = True, early, late
+        self.lens = Lens(torch.nn.Identity(), early.vocab_size, torch.device("cpu"))
+        self.toy = lambda text: self.lens(self.states(text)[None])[0]
+
+    def verified(self, seq: Sequence, nodes: list[int]) -> None:
+        for end in range(len(seq.token_ids) - len(nodes), len(seq.token_ids)):
+            text = list(seq.token_ids[:end])
+            self.lens.learn(self.states(text)[None], self.target(text)[None])
+
+
+def lens_of_all_requests(drafter: Any) -> SampledTree:
+    model: Any = LensDrafter(drafter.toy, SIMILAR[0])
+    return SampledTree(model, "without_replacement", confidence=0.0)
+
+
 def constant(*logits: float) -> Toy:
     """The same float32 logits after every text."""
     toy = Toy(len(logits), scale=0.0)
@@ -280,12 +302,18 @@ ALIKE = constant(0.85, 0.0), constant(-0.2, 0.0), 3  # at every level, so that T
         (production_hybrid, SIMILAR, False),
         pytest.param(spine_of_all_requests, SIMILAR, True, marks=pytest.mark.slow),
         (trust_of_all_requests, ALIKE, True),
+        (lens_of_all_requests, SIMILAR, True),
     ],
 )
 def test_law_is_exact_after_a_request_with_the_same_seed(make: Any, toys: tuple[Any, Any, int], remembers: bool) -> None:
     """verification.md 4.5: of an earlier request that had the same coins this one may know nothing; else it gets its own."""
     assert make(ToyDrafter(toys[1])).remembers == remembers  # this is what the engine goes by
     assert law_of_the_second(make, *toys, apart=remembers) < EXACT
+
+
+def test_a_lens_that_knows_its_own_coins_would_bias_the_text() -> None:
+    """Why `remembers` is true with it: the same request without coins of its own."""
+    assert law_of_the_second(lens_of_all_requests, *SIMILAR, apart=False) > 1e-4
 
 
 def test_requests_with_the_same_coins_learn_apart() -> None:

@@ -85,6 +85,7 @@ class DraftModel:
 
     reads_guesses = True  # grow() takes tokens beyond the root
     needs_states = False  # of the target, at every token of every request
+    remembers = False  # its laws depend on earlier requests: see TreeBuilder
 
     def __init__(self, model: Any, vocab_size: int, compile: bool = False) -> None:
         self._model = model  # kept alive: the TargetModel only refers to it
@@ -228,6 +229,7 @@ class EarlyExit(DraftModel):
             cut = _exchange(cut, self._ends.path, self.lens)
         super().__init__(cut, vocab_size, compile)
         self.layers = layers
+        self.remembers = self.lens is not None
         self._target: TargetModel | None = None
         self._pairs: list[list[torch.Tensor]] = []  # states [n, H] of accepted tokens after `layers` layers and at the end
 

@@ -177,8 +177,8 @@ class TreeByModel:
 
     @property
     def remembers(self) -> bool:
-        """Whether a request's drafts depend on earlier requests: by what paid then, or by a spine that has read them."""
-        return self.costs is not None or (self.spine is not None and self.spine.remembers)
+        """Whether a request's drafts depend on earlier requests: by what paid then, or by a drafter or a spine that has read them."""
+        return self.costs is not None or self.model.remembers or (self.spine is not None and self.spine.remembers)
 
     def plan(self, **shared: Any) -> Plan:
         """A Plan of these, the fields of every Plan; the growth may hold nodes beside the root, which are read with it."""
