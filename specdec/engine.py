@@ -234,13 +234,10 @@ class Engine:
         if self.target.rope.past(len(ids)):  # the whole text has frequencies of its own
             store = None
         with self._lock:
-            listener, self.target.on_prefill = self.target.on_prefill, None  # its cache has no such row
             cache = self.target.new_cache(1, len(ids) + 1)
             read = store.load(ids[:first], cache) if store is not None else 0
-            try:
+            with self.target.unwatched():
                 self.target.prefill(cache, 0, ids[read:], observe, first - read, BLOCK)
-            finally:
-                self.target.on_prefill = listener
             if store is not None:
                 store.save(ids[:first], cache)
         return TextScore(logprobs, last[0])

@@ -270,16 +270,21 @@ class TargetModel:
     @property
     def device(self) -> torch.device:
         """Where the token ids go."""
-        embeddings = self.model.get_input_embeddings()
-        device = embeddings.weight.device if embeddings is not None else next(self.model.parameters()).device
-        hook = getattr(embeddings, "_hf_hook", None)
-        if device.type == "meta" and hook is not None:  # offloaded by accelerate, whose hook brings the weights for each forward
-            return torch.device(hook.execution_device)
-        return device
+        return input_device(self.model)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty KVCache of this model's shape."""
         return KVCache(self.layers, rows, capacity, zero_stale=not self.uses_interface)
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Forwards inside are nobody's: of another cache, maybe in the middle of a step. What was seen before stays."""
+        saved = self.watched, self.seen, self.seen_row
+        self.watched = ()
+        try:
+            yield
+        finally:
+            self.watched, self.seen, self.seen_row = saved
 
     def _run(
         self, cache: KVCache, batch: TreeBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int
@@ -542,6 +547,16 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model takes its token ids."""
+    embeddings = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device if embeddings is not None else next(model.parameters()).device
+    hook = getattr(embeddings, "_hf_hook", None)
+    if device.type == "meta" and hook is not None:  # offloaded by accelerate, whose hook brings the weights for each forward
+        return torch.device(hook.execution_device)
+    return device
 
 
 @contextmanager

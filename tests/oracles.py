@@ -49,5 +49,6 @@ def least_squares(blocks: Seq[tuple[torch.Tensor, torch.Tensor]], scale: float, 
         x, wanted = torch.cat([early, torch.ones(len(early), 1)], 1).double(), (late - early).double()
         after = torch.linalg.inv(torch.linalg.inv(spread) + x.T @ x)
         found = found + after @ x.T @ (wanted - x @ found)
-        spread = after + drift * len(x) * torch.diag(start)
+        kept = (1 - drift) ** len(x)
+        spread = kept * after + (1 - kept) * torch.diag(start)
     return found

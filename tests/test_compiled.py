@@ -211,6 +211,25 @@ def test_greedy_texts_are_the_models_own(method: str) -> None:
     results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=24))
     assert [result.token_ids for result in results] == [greedy_loop(model, ids, 24) for ids in PROMPTS]
     assert method == "none" or any(max(result.accept_lengths) > 1 for result in results)
+    if drafter:
+        follows_its_lens(engine)
+
+
+def follows_its_lens(engine: Engine) -> None:
+    """What the first layers learn from prompts changes their compiled step as it does the eager one."""
+    model: Any = engine.builder.model  # type: ignore[attr-defined]
+    assert model.lens.pairs == sum(len(ids) - 1 for ids in PROMPTS) and model.reader.compiled is not None
+    logits = {}
+    for learned in (True, False):
+        for name, step in (("compiled", model.reader.compiled), ("eager", None)):
+            compiled, model.reader.compiled = model.reader.compiled, step
+            cache = model.reader.new_cache(1, 16)
+            model.reader.prefill(cache, 0, PROMPTS[0][:4])
+            logits[name, learned] = model.reader.forward(cache, [DraftTree.chain(PROMPTS[0][:2])])
+            model.reader.compiled = compiled
+        torch.testing.assert_close(logits["compiled", learned], logits["eager", learned], rtol=1e-3, atol=1e-3)
+        model.reset()
+    assert float((logits["compiled", True] - logits["compiled", False]).abs().max()) > 0.01
 
 
 @pytest.mark.slow

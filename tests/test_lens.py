@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,12 @@ from conftest import make_tiny_llama
 from oracles import least_squares
 from specdec.engine import Engine
 from specdec.methods import DRAFTER_METHODS
+from specdec.randomness import Randomness
 from specdec.sequence import SamplingParams
 from specdec.sources import lens as module
 from specdec.sources.draft_model import MOST_PAIRS, EarlyExit, stack_path
 from specdec.sources.lens import BLOCK, DRIFT, PRIOR, Lens, find_ends
+from specdec.target import outputs_of
 from specdec.trees.drafted import DraftedTree
 
 SIZE, VOCAB = 12, 40
@@ -110,11 +114,28 @@ def test_a_covariance_spoilt_by_rounding_is_forgotten() -> None:
     lens, (early, late) = make_lens(), make_pairs(9)
     lens.learn(early, late)
     assert lens._covariance is not None
-    lens._covariance.mul_(-1e6)
+    with torch.inference_mode():
+        lens._covariance.mul_(-1e6)
     lens.learn(early, late)
     assert lens.pairs == 0 and not lens.delta.any()
     lens.learn(early, late)
     assert lens.pairs == 9
+
+
+def test_modes_and_default_types_of_the_caller_do_not_matter() -> None:
+    early, late = make_pairs(9)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            lens = make_lens()
+            lens.learn(early, late)
+        lens.learn(early, late)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    lens.learn(early, late)
+    lens.reset()
+    lens.learn(early, late)
+    assert lens.pairs == 9 and lens.delta.dtype == torch.float32
 
 
 def test_it_stays_sound_over_many_texts() -> None:
@@ -127,7 +148,9 @@ def test_it_stays_sound_over_many_texts() -> None:
     assert lens.pairs == 30_000
     assert lens._covariance is not None
     values = torch.linalg.eigvalsh(lens._covariance.double())
-    assert float(values.min()) > 0 and float(values.max()) < 100 / PRIOR / float(early.square().mean())
+    assert float(values.min()) > 0 and float(values.max()) < 1.01 * float(
+        lens._prior.max()
+    )  # what is never seen is no less known than at first
 
 
 # ---- on models --------------------------------------------------------------------------------------------------------------
@@ -156,7 +179,10 @@ def test_it_finds_the_states_before_the_head(name: str) -> None:
     with torch.inference_mode():
         ids = torch.arange(5, 12)[None]
         output = model(ids, output_hidden_states=True)
-    torch.testing.assert_close(output.hidden_states[-1].shape[-1], ends.size)
+        assert output.hidden_states[-1].shape[-1] == ends.size
+        with outputs_of([ends.layers[-1]]) as outputs:
+            model(ids)
+        torch.testing.assert_close(ends.norm(outputs[ends.layers[-1]]), output.hidden_states[-1])
     drafter = EarlyExit(model, 1, model.config.vocab_size)
     assert drafter.lens is not None and model.get_submodule(ends.path) is drafter.lens.head
 
@@ -224,6 +250,84 @@ def test_no_text_depends_on_it(method: str) -> None:
     assert drafter_of(engine).lens.pairs > 100  # type: ignore[union-attr]
     assert not hooks(model) and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert before.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("lens", [False, True])
+def test_the_engine_knows_that_it_remembers(lens: bool) -> None:
+    """So that the rules that toss coins give each request its own: see test_sampled_trees."""
+    model = make_model()
+    engine = Engine(model, method="hybrid", drafter=EarlyExit(model, 1, model.config.vocab_size, lens=lens), budget=8)
+    assert engine.builder.remembers == lens
+    texts = [engine.generate(PROMPTS[0], SamplingParams(max_new_tokens=20, temperature=1.0, seed=3)).token_ids for _ in range(2)]
+    assert (texts[0] == texts[1]) == (not lens)
+
+
+def test_a_score_in_the_middle_of_a_step_teaches_nothing() -> None:
+    """A stopping criterion that scores the text so far with the same engine, three rows at once."""
+    model = make_model()
+    engine = Engine(model, method="draft_model", drafter="early_exit:2", budget=12)
+    plain = Engine(model, method="none").generate(PROMPTS, GREEDY)
+
+    def scores(seq: Any) -> bool:
+        engine.score(list(seq.token_ids[-3:]))
+        return False
+
+    sequences = [
+        engine.new_sequence(list(prompt), GREEDY, Randomness(0, i), stop_check=scores) for i, prompt in enumerate(PROMPTS)
+    ]
+    engine.run(sequences)
+    assert [seq.output_ids for seq in sequences] == [result.token_ids for result in plain]
+    drafter = drafter_of(engine)
+    drafter._learn()
+    assert drafter.lens is not None
+    assert drafter.lens.pairs == sum(len(prompt) + len(result.token_ids) - 1 for prompt, result in zip(PROMPTS, plain))
+
+
+def test_what_cannot_be_learned_costs_no_text(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    model = make_model()
+    engine = Engine(model, method="draft_model", drafter="early_exit:2", budget=12)
+    learn = Lens.learn
+
+    def full(self: Lens, early: torch.Tensor, late: torch.Tensor) -> None:
+        if len(early) > 50:
+            raise torch.OutOfMemoryError("no memory")
+        learn(self, early, late)
+
+    monkeypatch.setattr(Lens, "learn", full)
+    for _ in range(2):
+        same_as_plain(engine, model, GREEDY)
+    assert "forgets what it has learned (no memory)" in caplog.text
+    assert len(drafter_of(engine)._pairs) < MOST_PAIRS
+
+
+def test_under_autocast() -> None:
+    model = make_model()
+    engine = Engine(model, method="draft_model", drafter="early_exit:2", budget=12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(engine.generate(PROMPTS[3], GREEDY).token_ids) == 40
+    assert drafter_of(engine).lens.pairs > 50  # type: ignore[union-attr]
+
+
+def test_weights_are_freed_with_the_engine() -> None:
+    model = make_model()
+    weight = weakref.ref(model.model.layers[0].mlp.gate_proj.weight)
+    engine = Engine(model, method="draft_model", drafter="early_exit:2", budget=12)
+    engine.generate(PROMPTS[0], GREEDY)
+    gc.collect()
+    gc.disable()
+    try:
+        del engine, model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_whose_forward_was_replaced_is_refused_by_name() -> None:
+    model = make_model()
+    forward = model.model.forward
+    model.model.forward = lambda *given, **options: forward(*given, **options)
+    with pytest.raises(ValueError, match="the forward of its LlamaModel was replaced"):
+        Engine(model, method="draft_model", drafter="early_exit:2", budget=12)
 
 
 def test_reset_forgets() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -207,8 +208,9 @@ class EarlyExit(DraftModel):
     """The target's own first layers with its final norm and head, for users without a second model.
 
     Their keys and values of the committed text are the target's: it reads and writes the engine's cache, whose slots past the
-    committed ones the target's forward fills anew. So it needs no prompt, no commit and no memory. What its layers say comes
-    through a Lens, which learns from the states of the prompts and of the accepted tokens.
+    committed ones the target's forward fills anew. So it needs no prompt, no commit and no cache. What its layers say comes
+    through a Lens (8 bytes times the square of a state's elements), which learns from the states of the prompts and of the
+    accepted tokens.
 
     Args:
         model: the target.
@@ -217,7 +219,7 @@ class EarlyExit(DraftModel):
 
     Raises:
         ValueError: layers out of range.
-        UnsupportedModelError: the model has no list of layers to cut.
+        UnsupportedModelError: the model has no list of layers to cut, or somebody has replaced the forward of what holds it.
     """
 
     def __init__(self, model: Any, layers: int, vocab_size: int, compile: bool = False, lens: bool = True) -> None:
@@ -230,7 +232,7 @@ class EarlyExit(DraftModel):
         super().__init__(cut, vocab_size, compile)
         self.layers = layers
         self.remembers = self.lens is not None
-        self._target: TargetModel | None = None
+        self._target: weakref.ref[TargetModel] | None = None  # which knows this drafter
         self._pairs: list[list[torch.Tensor]] = []  # states [n, H] of accepted tokens after `layers` layers and at the end
 
     def attach(self, target: TargetModel, cache: KVCache) -> None:
@@ -239,7 +241,7 @@ class EarlyExit(DraftModel):
         if self._ends is not None:
             target.watched = (self._ends.layers[-1], self._ends.norm)
             target.on_prefill = self._prefilled
-            self._target = target
+            self._target = weakref.ref(target)
 
     def start(self, seq: Sequence) -> None: ...
 
@@ -260,18 +262,23 @@ class EarlyExit(DraftModel):
 
     def verified(self, seq: Sequence, nodes: Seq[int]) -> None:
         """The target has read these nodes, from the root on, and they are accepted."""
-        if self._target is not None and self._target.seen is not None:
-            row, kept = seq.row - self._target.seen_row, list(nodes)
-            self._pairs.append([states[row, kept] for states in self._target.seen])
+        target = None if self._target is None else self._target()
+        if target is not None and target.seen is not None:
+            row, kept = seq.row - target.seen_row, list(nodes)
+            self._pairs.append([states[row, kept] for states in target.seen])
             if len(self._pairs) >= MOST_PAIRS:  # nobody has drafted for long
                 self._learn()
 
     def _learn(self) -> None:
         if self._pairs and self.lens is not None and self._ends is not None:
-            early, late = (torch.cat(states) for states in zip(*self._pairs))
-            with torch.inference_mode():
-                self.lens.learn(self._ends.norm(early), late)
-            self._pairs = []
+            pairs, self._pairs = self._pairs, []  # first: what cannot be learned now must not wait for ever
+            try:
+                with torch.inference_mode():
+                    early, late = (torch.cat(states) for states in zip(*pairs))
+                    self.lens.learn(self._ends.norm(early), late)
+            except RuntimeError as error:  # no memory: it costs drafts, not the text
+                logger.warning("specdec: the early exit forgets what it has learned (%s)", error)
+                self.lens.reset()
 
     def reset(self) -> None:
         """Forget what the lens has learned."""
@@ -333,6 +340,9 @@ def _exchange(model: Any, path: str, module: Module, configs: dict[int, Any] | N
 
 def _shell(module: Module, configs: dict[int, Any]) -> Module:
     """The module under another configuration; its children are the very same, but can be exchanged."""
+    if "forward" in module.__dict__:  # the copy would run the original
+        reason = f"the forward of its {type(module).__name__} was replaced (by accelerate's hooks?), so it cannot be cut"
+        raise UnsupportedModelError(type(module).__name__, reason, "draft with another method")
     shell = copy.copy(module)
     shell._modules = dict(module._modules)
     if hasattr(module, "config"):

@@ -5,11 +5,11 @@ last layer will say is in it already, in other coordinates (the "tuned lens", Be
 that). Here nothing is trained: every token that the target reads anyway is a pair (x, y) of states before the head, x by the first
 layers and y by all of them, and the affine map with the least squared error over all pairs so far is known in closed form::
 
-    y ~ x + x D + b        sum |y - x - x D - b|^2 + PRIOR m |D|^2 -> min,  m the mean square of x
+    y ~ x + x D + b        sum |y - x - x D - b|^2 + PRIOR (m |D|^2 + |b|^2) -> min,  m the mean square of x
 
 It is kept by recursive least squares: P = (X'X + PRIOR m I)^-1 and D change by each block of pairs, in O(size^2) a token, less than
-one layer takes. After each pair P grows by DRIFT of what it began with: the map may have moved, so that recent text counts for
-more. Before anything was learned D is 0, and the laws are those of the layer's plain output.
+one layer takes. With each pair P moves by DRIFT of the way back to what it began with: the map may have changed, so that recent
+text counts for more. Before anything was learned D is 0, and the laws are those of the layer's plain output.
 
 Where that leads: embedded model, twelve prompts of `tune`, 96 tokens each, drawn at temperature 1; means of the sum over the vocabulary
 of min(law of the first layers, law of all), the chance that a draft is accepted. Learning from each prompt and its own answer
@@ -34,12 +34,15 @@ import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
-from specdec.target import evaluating, outputs_of
+from specdec.target import evaluating, input_device, outputs_of
 
 __all__ = ["Ends", "Lens", "find_ends"]
 
 PRIOR = 30.0  # pairs that the wish for D = 0 counts as
-DRIFT = 2e-4  # of the prior's variance, which the map may have moved by since the last pair
+DRIFT = 2e-4  # of what is known, which is forgotten with each pair
+MEASURED = (
+    576  # elements of a state, where that was chosen; its price in error grows as size * sqrt(DRIFT), so wider ones get less
+)
 BLOCK = 64  # pairs that change the map at once
 
 
@@ -57,8 +60,9 @@ class Lens(Module):
     def __init__(self, head: Module, size: int, device: torch.device) -> None:
         super().__init__()
         self.head = head
-        self.register_buffer("delta", torch.zeros(size, size, device=device))
-        self.register_buffer("bias", torch.zeros(size, device=device))
+        with torch.inference_mode(False):  # reset() may be called outside, whoever made this
+            self.register_buffer("delta", torch.zeros(size, size, dtype=torch.float32, device=device))
+            self.register_buffer("bias", torch.zeros(size, dtype=torch.float32, device=device))
         self._covariance: Tensor | None = None  # P [H + 1, H + 1], the bias last
         self.pairs = 0  # that were learned from
 
@@ -71,20 +75,24 @@ class Lens(Module):
         mapped = states.float() @ self.delta + self.bias
         return self.head(states + mapped.to(states.dtype))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def learn(self, early: Tensor, late: Tensor) -> None:
         """Pairs [N, H] of states before the head; those that are not finite teach nothing."""
-        x, y = early.float(), late.float()
+        with torch.autocast(early.device.type, enabled=False):  # the caller's would make some of the operands bf16
+            self._learn(early.float(), late.float())
+
+    def _learn(self, x: Tensor, y: Tensor) -> None:
         sound = torch.isfinite(x).all(1) & torch.isfinite(y).all(1)
         x, y = x[sound], y[sound]
         if not len(x):
             return
+        drift = DRIFT * min(1.0, MEASURED / x.shape[1]) ** 2
         wanted, x = y - x, torch.nn.functional.pad(x, (0, 1), value=1.0)
         if self._covariance is None:
             scale = x[:, :-1].square().mean().clamp_min(1e-12)
-            self._covariance = torch.eye(x.shape[1], device=x.device) / (PRIOR * scale)
-            self._covariance[-1, -1] = 1 / PRIOR
-            self._drift = DRIFT * self._covariance.diagonal()
+            self._prior = (1 / (PRIOR * scale)).repeat(x.shape[1])
+            self._prior[-1] = 1 / PRIOR
+            self._covariance = torch.diag(self._prior)
         for block, right in zip(x.split(BLOCK), wanted.split(BLOCK)):
             spread = self._covariance @ block.T
             noise = block @ spread
@@ -97,8 +105,9 @@ class Lens(Module):
             miss = right - block[:, :-1] @ self.delta - self.bias
             self.delta.addmm_(gain[:, :-1].T, miss)  # in place: compiled code and CUDA graphs know these tensors
             self.bias.add_(gain[:, -1] @ miss)
-            self._covariance.addmm_(spread, gain, alpha=-1)
-            self._covariance.diagonal().add_(self._drift, alpha=len(block))
+            kept = (1 - drift) ** len(block)
+            self._covariance.addmm_(spread, gain, beta=kept, alpha=-kept)
+            self._covariance.diagonal().add_(self._prior, alpha=1 - kept)
         self.pairs += len(x)
 
     def reset(self) -> None:
@@ -134,9 +143,7 @@ def find_ends(model: Any, layers: ModuleList) -> Ends | None:
     with evaluating(model), torch.inference_mode(), outputs_of(modules) as outputs:
         hook = head.register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments[:1]))
         try:
-            ids = torch.tensor(
-                [[3, 2]], device=model.get_input_embeddings().weight.device
-            )  # 0 and 1 may be padding, embedded as 0
+            ids = torch.tensor([[3, 2]], device=input_device(model))  # 0 and 1 may be padding, embedded as 0
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         finally:
             hook.remove()

@@ -15,6 +15,7 @@ without such a layer, or whose weights are missing, is refused.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -103,14 +104,14 @@ class PredictionHeads(DraftModel):
             reason = "its head does not read what a norm makes of its last layer's output"
             raise UnsupportedModelError(type(model).__name__, reason, 'another drafter, such as "early_exit:8"')
         self._norm = ends.norm
-        self._target: TargetModel | None = None
+        self._target: weakref.ref[TargetModel] | None = None  # which knows this drafter
         self._hidden: dict[int, list[torch.Tensor]] = {}  # request -> target's states [K, H] not read yet
         self._requests: dict[int, int] = {}  # row of the target's cache -> request
         self._own: list[torch.Tensor] = []  # own outputs [N, H] at the nodes of each growth
 
     def attach(self, target: TargetModel, cache: KVCache) -> None:
         """Have the target hand over its hidden states."""
-        self._target = target
+        self._target = weakref.ref(target)
         target.watched, target.on_prefill = (self._norm,), self._prefilled
 
     def start(self, seq: Sequence) -> None:
@@ -182,6 +183,7 @@ class PredictionHeads(DraftModel):
 
     def verified(self, seq: Sequence, nodes: Seq[int]) -> None:
         """The target has read these nodes, from the root on, and they are accepted."""
-        assert self._target is not None and self._target.seen is not None
+        target = None if self._target is None else self._target()
+        assert target is not None and target.seen is not None
         if seq.id in self._hidden:
-            self._hidden[seq.id].append(self._target.seen[0][seq.row - self._target.seen_row, list(nodes)].clone())
+            self._hidden[seq.id].append(target.seen[0][seq.row - target.seen_row, list(nodes)].clone())
