@@ -158,7 +158,6 @@ class Engine:
         self._accept_rule = RULES[self.rule]
         warm_up(self.builder, self.target.vocab_size, self.target.dtype)
         self.cache: KVCache = self.target.new_cache(1, 256)
-        self._needs_states = False
         self._attach()
         self.rows: list[Sequence] = []  # live sequences; sequence i owns cache row i
         self.waiting: deque[Sequence] = deque()
@@ -168,10 +167,14 @@ class Engine:
         if state is not None:
             self.load_state(state)
 
+    @property
+    def _drafter(self) -> DraftModel | None:
+        drafter = getattr(self.builder, "model", None)
+        return drafter if isinstance(drafter, DraftModel) else None
+
     def _attach(self) -> None:
-        if isinstance(drafting := getattr(self.builder, "model", None), DraftModel):
-            drafting.attach(self.target, self.cache)
-            self._needs_states = drafting.needs_states
+        if self._drafter is not None:
+            self._drafter.attach(self.target, self.cache)
         if self.target.compiled is not None and self._needs_states:
             raise ValueError('drafter "mtp" reads hidden states, which compile=True does not give; fix: one of the two')
 
@@ -432,6 +435,10 @@ class Engine:
             self.target.prefill(self.cache, seq.row, prompt[known:], observe if self.builder.top_k else None)
 
     @property
+    def _needs_states(self) -> bool:
+        return self._drafter is not None and self._drafter.needs_states
+
+    @property
     def _may_copy(self) -> bool:
         """Whether K/V that another request computed are this one's too, and nothing else is needed of the prompt."""
         return self.target.rope.kind is None and not self._needs_states
@@ -594,8 +601,8 @@ class Engine:
         with self._lock:
             if not self.rows:
                 cache = self.target.new_cache(1, 256)  # first: without memory for it, all stays as it is
-                if isinstance(drafting := getattr(self.builder, "model", None), DraftModel):
-                    drafting.trim()
+                if self._drafter is not None:
+                    self._drafter.trim()
                 self.cache = cache
                 self._attach()
 

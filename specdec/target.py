@@ -152,10 +152,10 @@ class TargetModel:
         self._keeps_logits = "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters
         self._batch: TreeBatch | None = None  # what the forward under way attends to
         self._calls: list[int] = []  # sliding window of each attention call of the last forward
-        self.watched: tuple[torch.nn.Module, ...] = ()  # modules of the model, for who reads what they put out
-        self.seen: list[torch.Tensor] | None = None  # [B, M, H] each, of the latest forward; None: it told nothing (compiled) ...
-        self.seen_row = 0  # ... and its first row
-        self.on_prefill: Callable[[int, list[torch.Tensor]], None] | None = None  # gets each prefill chunk's row, and [n, H] each
+        self.watched: tuple[torch.nn.Module, ...] = ()
+        self._seen: list[torch.Tensor] | None = None  # what they put out in the latest forward, [B, M, H] each ...
+        self._seen_row = 0  # ... and its first row
+        self._on_prefill: Callable[[int, list[torch.Tensor]], None] | None = None
         self._interface = f"specdec_{next(_names)}"
         _register(self)
         self.uses_interface = bool(getattr(_unwrapped(model), "_supports_attention_backend", False))
@@ -276,15 +276,23 @@ class TargetModel:
         """An empty KVCache of this model's shape."""
         return KVCache(self.layers, rows, capacity, zero_stale=not self.uses_interface)
 
+    def watch(self, modules: Seq[torch.nn.Module], on_prefill: Callable[[int, list[torch.Tensor]], None]) -> None:
+        """Keep what these modules of the model put out in each eager forward; on_prefill gets each chunk's row, and [n, H] each."""
+        self.watched, self._on_prefill = tuple(modules), on_prefill
+
+    def seen_at(self, row: int, nodes: Seq[int]) -> list[torch.Tensor] | None:
+        """Of each watched module [len(nodes), H], at nodes of a row in the latest forward; None: it told nothing (compiled)."""
+        return None if self._seen is None else [states[row - self._seen_row, list(nodes)] for states in self._seen]
+
     @contextmanager
     def unwatched(self) -> Iterator[None]:
         """Forwards inside are nobody's: of another cache, maybe in the middle of a step. What was seen before stays."""
-        saved = self.watched, self.seen, self.seen_row
+        saved = self.watched, self._seen, self._seen_row
         self.watched = ()
         try:
             yield
         finally:
-            self.watched, self.seen, self.seen_row = saved
+            self.watched, self._seen, self._seen_row = saved
 
     def _run(
         self, cache: KVCache, batch: TreeBatch, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: int
@@ -303,7 +311,7 @@ class TargetModel:
                 return_dict=True,
                 **kwargs,
             )
-        self.seen = [seen[module] for module in self.watched] if self.watched and len(seen) == len(self.watched) else None
+        self._seen = [seen[module] for module in self.watched] if self.watched and len(seen) == len(self.watched) else None
         return output.logits[:, -keep:] if keep else output.logits
 
     def forward(self, cache: KVCache, trees: Seq[DraftTree], first_row: int = 0, known: Seq[int] | None = None) -> torch.Tensor:
@@ -328,9 +336,9 @@ class TargetModel:
             positions[row, : len(tree) - first] = cache.starts[row] + tree.depths[first:]
         batch = TreeBatch(cache.starts, list(trees), counts, self.device, old if any(old) else None)
         if self.compiled is not None and (logits := self.compiled(cache, batch, tokens, positions)) is not None:
-            self.seen = None
+            self._seen = None
             return logits
-        self.seen_row = first_row
+        self._seen_row = first_row
         return self._run(cache, batch, torch.from_numpy(tokens), torch.from_numpy(positions), 0)
 
     def prefill(
@@ -380,8 +388,8 @@ class TargetModel:
         keep = max(1, wanted + len(tokens) - len(piece))
         logits = self._run(cache, batch, torch.tensor([tokens]), positions, keep)
         cache.commit(row, range(len(piece)))
-        if self.on_prefill is not None and self.seen is not None:
-            self.on_prefill(row, [states[0, : len(piece)] for states in self.seen])
+        if self._on_prefill is not None and self._seen is not None:
+            self._on_prefill(row, [states[0, : len(piece)] for states in self._seen])
         if observe and wanted:
             observe(offset + len(piece) - wanted, logits[0, :wanted])
 

@@ -147,10 +147,8 @@ def test_it_stays_sound_over_many_texts() -> None:
         lens.learn(early[start : start + 3], late[start : start + 3])
     assert lens.pairs == 30_000
     assert lens._covariance is not None
-    values = torch.linalg.eigvalsh(lens._covariance.double())
-    assert float(values.min()) > 0 and float(values.max()) < 1.01 * float(
-        lens._prior.max()
-    )  # what is never seen is no less known than at first
+    values, most = torch.linalg.eigvalsh(lens._covariance.double()), float(lens._prior.max())
+    assert float(values.min()) > 0 and float(values.max()) < 1.01 * most  # what is never seen is no less known than at first
 
 
 # ---- on models --------------------------------------------------------------------------------------------------------------
@@ -173,16 +171,16 @@ def drafter_of(engine: Engine) -> EarlyExit:
 def test_it_finds_the_states_before_the_head(name: str) -> None:
     """The norm of the last layer's output is what the head reads; the model has no hooks afterwards."""
     model = tiny_models.build(name) if name in tiny_models.CONFIGS else architectures.make(name, **architectures.MORE[name])
-    ends = find_ends(model, model.get_submodule(stack_path(model)))
+    ends = find_ends(model, stack_path(model))
     assert ends is not None and model.get_submodule(ends.path) is model.get_output_embeddings()
     assert not hooks(model)
     with torch.inference_mode():
         ids = torch.arange(5, 12)[None]
         output = model(ids, output_hidden_states=True)
         assert output.hidden_states[-1].shape[-1] == ends.size
-        with outputs_of([ends.layers[-1]]) as outputs:
+        with outputs_of([ends.last]) as outputs:
             model(ids)
-        torch.testing.assert_close(ends.norm(outputs[ends.layers[-1]]), output.hidden_states[-1])
+        torch.testing.assert_close(ends.norm(outputs[ends.last]), output.hidden_states[-1])
     drafter = EarlyExit(model, 1, model.config.vocab_size)
     assert drafter.lens is not None and model.get_submodule(ends.path) is drafter.lens.head
 
@@ -204,7 +202,7 @@ class Halved(LlamaForCausalLM):
 def test_a_model_without_such_states_is_read_plainly(params: SamplingParams) -> None:
     model = make_model()
     model.__class__ = Halved
-    assert find_ends(model, model.model.layers) is None and not hooks(model)
+    assert find_ends(model, stack_path(model)) is None and not hooks(model)
     engine = Engine(model, method="draft_model", drafter="early_exit:1", budget=12)
     assert drafter_of(engine).lens is None and engine.target.watched == ()
     same_as_plain(engine, model, params)

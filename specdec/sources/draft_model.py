@@ -224,7 +224,7 @@ class EarlyExit(DraftModel):
 
     def __init__(self, model: Any, layers: int, vocab_size: int, compile: bool = False, lens: bool = True) -> None:
         cut = first_layers(model, layers)
-        self._ends = find_ends(cut, cut.get_submodule(stack_path(model))) if lens else None
+        self._ends = find_ends(cut, stack_path(model)) if lens else None
         self.lens: Lens | None = None  # None, too, where the model's states do not go straight from a norm into its head
         if self._ends is not None:
             self.lens = Lens(cut.get_output_embeddings(), self._ends.size, self._ends.device)
@@ -239,8 +239,7 @@ class EarlyExit(DraftModel):
         """Use the engine's cache, and have the target tell its states."""
         self.cache = cache
         if self._ends is not None:
-            target.watched = (self._ends.layers[-1], self._ends.norm)
-            target.on_prefill = self._prefilled
+            target.watch((self._ends.last, self._ends.norm), self._prefilled)
             self._target = weakref.ref(target)
 
     def start(self, seq: Sequence) -> None: ...
@@ -263,9 +262,8 @@ class EarlyExit(DraftModel):
     def verified(self, seq: Sequence, nodes: Seq[int]) -> None:
         """The target has read these nodes, from the root on, and they are accepted."""
         target = None if self._target is None else self._target()
-        if target is not None and target.seen is not None:
-            row, kept = seq.row - target.seen_row, list(nodes)
-            self._pairs.append([states[row, kept] for states in target.seen])
+        if target is not None and (states := target.seen_at(seq.row, nodes)) is not None:
+            self._pairs.append(states)
             if len(self._pairs) >= MOST_PAIRS:  # nobody has drafted for long
                 self._learn()
 

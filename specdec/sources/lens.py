@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module
 
 from specdec.target import evaluating, input_device, outputs_of
 
@@ -64,6 +64,7 @@ class Lens(Module):
             self.register_buffer("delta", torch.zeros(size, size, dtype=torch.float32, device=device))
             self.register_buffer("bias", torch.zeros(size, dtype=torch.float32, device=device))
         self._covariance: Tensor | None = None  # P [H + 1, H + 1], the bias last
+        self._prior: Tensor  # [H + 1] what its diagonal began with
         self.pairs = 0  # that were learned from
 
     @property
@@ -120,26 +121,28 @@ class Lens(Module):
 class Ends(NamedTuple):
     """Where the states before a model's head come from."""
 
-    layers: ModuleList
-    norm: Module  # the last layer's output -> states before the head
+    last: Module  # of the layers
+    norm: Module  # its output -> states before the head
     path: str  # of the head
     size: int  # elements of a state
     device: torch.device  # of the states
 
 
-def find_ends(model: Any, layers: ModuleList) -> Ends | None:
+def find_ends(model: Any, stack: str) -> Ends | None:
     """What follows the model's layers; None where a state does not go from the last layer through one module into the head.
 
     Args:
-        model: a causal language model in eval mode, whose list of layers is `layers`.
+        model: a causal language model.
+        stack: name of its list of layers.
     """
     head = model.get_output_embeddings()
     path = next((name for name, module in model.named_modules() if module is head), None)
-    parent = next((module for module in model.modules() if any(child is layers for child in module.children())), None)
-    if head is None or path is None or parent is None:
+    if head is None or path is None:
         return None
+    layers, parent = model.get_submodule(stack), model.get_submodule(stack.rpartition(".")[0])
+    layer = layers[-1]
     inputs: list[Tensor] = []
-    modules = [layers[-1], *(child for child in parent.children() if child is not layers)]
+    modules = [layer, *(child for child in parent.children() if child is not layers)]
     with evaluating(model), torch.inference_mode(), outputs_of(modules) as outputs:
         hook = head.register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments[:1]))
         try:
@@ -147,11 +150,11 @@ def find_ends(model: Any, layers: ModuleList) -> Ends | None:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         finally:
             hook.remove()
-        if len(inputs) != 1 or layers[-1] not in outputs:
+        if len(inputs) != 1 or layer not in outputs:
             return None
-        state, last = inputs[0][0, -1], outputs[layers[-1]]
+        state, last = inputs[0][0, -1], outputs[layer]
         called = list(outputs.items())
-        for norm, output in called[[module for module, _ in called].index(layers[-1]) + 1 :]:
+        for norm, output in called[[module for module, _ in called].index(layer) + 1 :]:
             if output.shape == last.shape and torch.equal(output[0, -1], state) and torch.equal(norm(last), output):
-                return Ends(layers, norm, path, state.shape[-1], state.device)
+                return Ends(layer, norm, path, state.shape[-1], state.device)
     return None

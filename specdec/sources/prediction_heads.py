@@ -100,7 +100,7 @@ class PredictionHeads(DraftModel):
         if self.reader.rope.kind is not None:
             fix = 'another drafter, such as "early_exit:8"'
             raise UnsupportedModelError(self.reader.name, f'drafter "mtp" does not follow {self.reader.rope.kind} RoPE', fix)
-        if (ends := find_ends(model, model.get_submodule(stack_path(model)))) is None:
+        if (ends := find_ends(model, stack_path(model))) is None:
             reason = "its head does not read what a norm makes of its last layer's output"
             raise UnsupportedModelError(type(model).__name__, reason, 'another drafter, such as "early_exit:8"')
         self._norm = ends.norm
@@ -112,7 +112,7 @@ class PredictionHeads(DraftModel):
     def attach(self, target: TargetModel, cache: KVCache) -> None:
         """Have the target hand over its hidden states."""
         self._target = weakref.ref(target)
-        target.watched, target.on_prefill = (self._norm,), self._prefilled
+        target.watch((self._norm,), self._prefilled)
 
     def start(self, seq: Sequence) -> None:
         super().start(seq)
@@ -184,6 +184,7 @@ class PredictionHeads(DraftModel):
     def verified(self, seq: Sequence, nodes: Seq[int]) -> None:
         """The target has read these nodes, from the root on, and they are accepted."""
         target = None if self._target is None else self._target()
-        assert target is not None and target.seen is not None
+        states = None if target is None else target.seen_at(seq.row, nodes)
+        assert states is not None
         if seq.id in self._hidden:
-            self._hidden[seq.id].append(target.seen[0][seq.row - target.seen_row, list(nodes)].clone())
+            self._hidden[seq.id] += states
