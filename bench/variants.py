@@ -1,7 +1,7 @@
 """What the benches of the search compare: policies by name, each with the shared options that belong to it.
 
 Beside the names of `specdec.search.POLICIES` there is BG-MCTS without `backtrack`: the paper's selection with search.md's rules for
-small budgets, which backtracking takes the place of where the budget holds fewer than 8 chains.
+small budgets, which backtracking takes the place of where the budget holds fewer than 32 chains.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_what_is_as_coded_runs_as_coded() -> None:
 
 
 def test_without_backtrack_the_papers_selection_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With it, below 8 chains, never: the two rows of the table are two algorithms."""
+    """With it, below 32 chains, never: the two rows of the table are two algorithms."""
     selections: list[int] = []
     select = BgMcts._select
     monkeypatch.setattr(BgMcts, "_select", lambda self: selections.append(1) or select(self))

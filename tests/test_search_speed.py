@@ -24,6 +24,7 @@ from specdec.search.reasoner import Problem, Reasoner
 from specdec.search.request import Kind, Policy
 from specdec.search.search import Search, SearchConfig
 from specdec.search.search_tree import SearchTree
+from specdec.search.small_budget import SmallBudget
 from specdec.search.steps import StopStrings, Tokens
 from specdec.sequence import SamplingParams
 
@@ -69,7 +70,8 @@ def both(
     return fast.tree, plain.run(make_problem(tokenizer, policy(), evaluator)).tree
 
 
-POLICIES = {"bg_mcts": lambda: BgMcts(refine=True), "best_of_n": lambda: make_policy("best_of_n")}
+# Backtracking reopens no answer: where it hands over early, every kind of text occurs.
+POLICIES = {"bg_mcts": lambda: BgMcts(refine=True, small=SmallBudget(backtrack=8)), "best_of_n": lambda: make_policy("best_of_n")}
 EXPECTED = {
     ("bg_mcts", " jklm"): {Kind.STEP, Kind.CONTINUE, Kind.REFINE},
     ("bg_mcts", ""): {Kind.STEP, Kind.CONTINUE, Kind.FORCED},
