@@ -241,7 +241,7 @@ def test_events_follow_the_search() -> None:
 @pytest.mark.parametrize("model", [MockModel(1, unscored=0.1, repeat=0.3), MockModel(2, answer=0.0), MockModel(3, unscored=0.6)])
 def test_answers_read_late_are_those_of_the_event(model: MockModel) -> None:
     """After the end, of searches with requests in flight, without an answer, or handed over to a vote, each against what was found then."""
-    search = Search("bg_mcts", 400, config=SearchConfig(step_tokens=20, max_failures=2))
+    search = Search("bg_mcts", 600, config=SearchConfig(step_tokens=20, max_failures=2))
     events, then = [], []
     while requests := search.outstanding() or search.ask(3):
         request = random.Random(len(search.tree)).choice(requests)
