@@ -142,7 +142,7 @@ def ablations() -> dict[str, Variant]:
     wide = replace(plain, width=4)
     return {
         "default": _bg(),
-        "backtrack always": _small(backtrack=math.inf),
+        "backtrack below 8 chains": _small(backtrack=8),
         "no backtrack": plain,
         "single chain below 1.2": _small(single_chain=1.2),
         "scores unscaled": _small(rescale=math.inf),

@@ -20,10 +20,11 @@ says little.
 
 `backtrack` is in neither the paper nor search.md, and while it is on it takes every decision: BG-MCTS's own selection begins at
 32 L, and no dive comes before it, which would cost 9 points at 1,200 tokens. On the synthetic reasoner it is worth more than every
-other rule; `python -m bench.controller` has the rows without it. It began to hand over at 8 L once: 2 to 8 points less from 5,000 to
-12,000 tokens (10 to 23 chains) with an evaluator that is right in .7 to .9 of all cases, none with .6, and up to 24 less with one whose
-scores lie close together (200 problems, seed 11). Without `reserve` it is 13 points worse than best-of-n at 600 tokens
-with an evaluator that is right in six of ten cases, and four requests in flight cost it 18 at 1,200.
+other rule; `python -m bench.controller` has the rows without it. Beginning at 8 L costs 2 to 8 points from 5,000 to 12,000 tokens (10 to
+23 chains) with an evaluator that is right in .7 to .9 of all cases, up to 29 with one whose scores lie close together, and nothing that
+shows with .6 (200 problems, seed 11; `--ablation` has the row). At 48 chains going on would still be 5 to 8 points better: the policy
+"backtrack". Without `reserve` it is 13 points worse than best-of-n at 600 tokens with an evaluator that is right in six of ten cases, and
+four requests in flight cost it 18 at 1,200.
 `single_chain` (search.md: 1.2) is off: what it would leave unspent finds answers (`--ablation`).
 """
 

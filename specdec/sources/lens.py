@@ -40,9 +40,8 @@ __all__ = ["Ends", "Lens", "find_ends"]
 
 PRIOR = 30.0  # pairs that the wish for D = 0 counts as
 DRIFT = 2e-4  # of what is known, which is forgotten with each pair
-MEASURED = (
-    576  # elements of a state, where that was chosen; its price in error grows as size * sqrt(DRIFT), so wider ones get less
-)
+# Elements of a state, where that was chosen; its price in error grows as size * sqrt(DRIFT), so wider ones get less.
+MEASURED = 576
 BLOCK = 64  # pairs that change the map at once
 
 
