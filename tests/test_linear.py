@@ -40,7 +40,7 @@ def no_grad():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (7, 3), (16, 8), (31, 33), (64, 70), (577, 5), (577, 34)])
 def test_equals_float64(dtype, in_features, out_features):
-    for rows in (1, 2, 3, 4, 5, 13, 97, 200):
+    for rows in (1, 2, 3, 4, 5, 6, 8, 9, 13, 97, 200):
         x, weight, bias = data(rows, in_features, out_features, dtype)
         for b in (None, bias):
             y = linear(x, weight, b)
@@ -51,14 +51,14 @@ def test_equals_float64(dtype, in_features, out_features):
 
 @needs_op
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("in_features", "out_features"), [(576, 40), (1000, 13), (5, 9)])
+@pytest.mark.parametrize(("in_features", "out_features"), [(576, 40), (96, 26), (1000, 13), (5, 9)])
 def test_a_row_has_the_same_bits_for_every_number_of_rows_and_threads(dtype, in_features, out_features):
     x, weight, bias = data(128, in_features, out_features, dtype)
     alone = torch.cat([linear(row, weight, bias) for row in x.split(1)])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 31, 64, 97, 128):
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 31, 64, 97, 128):
             assert torch.equal(linear(x[:rows], weight, bias), alone[:rows]), rows
             assert torch.equal(linear(x[-rows:], weight, bias), alone[-rows:]), rows
         torch.set_num_threads(3)

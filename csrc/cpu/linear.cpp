@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <new>
+#include <utility>
 
 #include "isa.h"
 
@@ -23,7 +25,14 @@ using c10::Half;
 constexpr int64_t kLine = 64;                 // bytes of a line of the cache
 constexpr int64_t kOutputs = Linear::kBlock;  // outputs that are computed before they are written to y
 constexpr int64_t kRowsOfBlock = 96;          // at most so many rows of x between two writes
+constexpr int64_t kRowStride = kRowsOfBlock + 4;  // a tile may write four rows where it has three
 constexpr int64_t kCacheForX = 192 * 1024;    // bytes of packed rows that stay in the second-level cache beside the weights
+
+// What a tile fetches into the cache meanwhile: its share of the weights of the next tile, which follow its own.
+struct Ahead {
+  const char* from;
+  int64_t bytes_a_step;
+};
 
 // ---- any CPU -----------------------------------------------------------------------------------------------------------
 
@@ -51,6 +60,10 @@ Quad sum4(const Vec& a, const Vec& b, const Vec& c, const Vec& d) { return {{sum
 Quad add(Quad a, const Quad& b) {
   for (int i = 0; i < 4; ++i) a.lane[i] += b.lane[i];
   return a;
+}
+void transpose(Quad (&quads)[4]) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < i; ++j) std::swap(quads[i].lane[j], quads[j].lane[i]);
 }
 
 template <class T>
@@ -109,9 +122,13 @@ using Quad = __m128;
 
 SPECDEC_INLINE Vec zero() { return _mm256_setzero_ps(); }
 SPECDEC_INLINE Quad add(Quad a, Quad b) { return _mm_add_ps(a, b); }
+SPECDEC_INLINE void transpose(Quad (&quads)[4]) { _MM_TRANSPOSE4_PS(quads[0], quads[1], quads[2], quads[3]); }
+
+// What _mm256_hadd_ps(a, b) does, in fewer operations.
+SPECDEC_INLINE Vec sum_pairs(Vec a, Vec b) { return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd)); }
 
 SPECDEC_INLINE Quad sum4(Vec a, Vec b, Vec c, Vec d) {
-  const Vec pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  const Vec pairs = sum_pairs(sum_pairs(a, b), sum_pairs(c, d));
   return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
@@ -174,10 +191,86 @@ struct Bits {
 alignas(32) constexpr uint32_t kOddHalves[kLanes] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
                                                      0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
 
+// A tile of many rows in bfloat16 is written in assembly: GCC moves, spills and reloads registers in each round, and where another
+// program has the core's other thread, a product costs what is issued and loaded around it. Addresses: [w0] .. rows of weight, [x0]
+// .. rows of x, [i] bytes of weight that are done. A round is 32 elements, twice 16: the even ones are the low halves of one load and
+// shifted up, the odd ones its high halves and masked. Registers: sums from 0 on, 15 a row of x, 12 to 14 even weights and before
+// them the load; in 3x4, where no register is left, it is loaded again, and the mask too.
+#define SPECDEC_FMA(w, sum) "vfmadd231ps %%ymm" #w ", %%ymm15, %%ymm" #sum "\n\t"
+#define SPECDEC_X(n, at) "vmovaps " #at "(%[x" #n "],%[i],2), %%ymm15\n\t"
+#define SPECDEC_ROW2(n, at, w0, w1, s0, s1) SPECDEC_X(n, at) SPECDEC_FMA(w0, s0) SPECDEC_FMA(w1, s1)
+#define SPECDEC_ROW3(n, at, w0, w1, w2, s0, s1, s2) SPECDEC_ROW2(n, at, w0, w1, s0, s1) SPECDEC_FMA(w2, s2)
+#define SPECDEC_MASK "vmovaps %[mask], %%ymm14\n\t"
+#define SPECDEC_LOAD(m, at, to) "vmovups " #at "(%[w" #m "],%[i]), %%ymm" #to "\n\t"
+#define SPECDEC_LOAD_ODD(m, at, to) "vandps " #at "(%[w" #m "],%[i]), %%ymm14, %%ymm" #to "\n\t"
+#define SPECDEC_EVEN(load, to) "vpslld $16, %%ymm" #load ", %%ymm" #to "\n\t"
+#define SPECDEC_ODD(mask, load) "vandps " mask ", %%ymm" #load ", %%ymm" #load "\n\t"
+
+// 16 elements of every row: from byte `w` of weight and `x` of x on; `x1` is x + 32.
+#define SPECDEC_4_ROWS_OF_2(x, w0, w1) SPECDEC_ROW2(0, x, w0, w1, 0, 1) SPECDEC_ROW2(1, x, w0, w1, 2, 3) \
+  SPECDEC_ROW2(2, x, w0, w1, 4, 5) SPECDEC_ROW2(3, x, w0, w1, 6, 7)
+#define SPECDEC_5_ROWS_OF_2(x, w0, w1) SPECDEC_4_ROWS_OF_2(x, w0, w1) SPECDEC_ROW2(4, x, w0, w1, 8, 9)
+#define SPECDEC_2X(ROWS, w, x, x1) SPECDEC_LOAD(0, w, 10) SPECDEC_LOAD(1, w, 11) SPECDEC_EVEN(10, 12) SPECDEC_EVEN(11, 13) \
+  ROWS(x, 12, 13) SPECDEC_ODD("%%ymm14", 10) SPECDEC_ODD("%%ymm14", 11) ROWS(x1, 10, 11)
+#define SPECDEC_2X4(w, x, x1) SPECDEC_2X(SPECDEC_4_ROWS_OF_2, w, x, x1)
+#define SPECDEC_2X5(w, x, x1) SPECDEC_2X(SPECDEC_5_ROWS_OF_2, w, x, x1)
+
+#define SPECDEC_3_ROWS_OF_3(x, w0, w1, w2) SPECDEC_ROW3(0, x, w0, w1, w2, 0, 1, 2) SPECDEC_ROW3(1, x, w0, w1, w2, 3, 4, 5) \
+  SPECDEC_ROW3(2, x, w0, w1, w2, 6, 7, 8)
+#define SPECDEC_3X3(w, x, x1) SPECDEC_LOAD(0, w, 9) SPECDEC_LOAD(1, w, 10) SPECDEC_LOAD(2, w, 11) \
+  SPECDEC_EVEN(9, 12) SPECDEC_EVEN(10, 13) SPECDEC_EVEN(11, 14) SPECDEC_3_ROWS_OF_3(x, 12, 13, 14) \
+  SPECDEC_ODD("%[mask]", 9) SPECDEC_ODD("%[mask]", 10) SPECDEC_ODD("%[mask]", 11) SPECDEC_3_ROWS_OF_3(x1, 9, 10, 11)
+
+#define SPECDEC_4_ROWS_OF_3(x) SPECDEC_3_ROWS_OF_3(x, 12, 13, 14) SPECDEC_ROW3(3, x, 12, 13, 14, 9, 10, 11)
+#define SPECDEC_3X4(w, x, x1) SPECDEC_LOAD(0, w, 12) SPECDEC_LOAD(1, w, 13) SPECDEC_LOAD(2, w, 14) \
+  SPECDEC_EVEN(12, 12) SPECDEC_EVEN(13, 13) SPECDEC_EVEN(14, 14) SPECDEC_4_ROWS_OF_3(x) SPECDEC_MASK \
+  SPECDEC_LOAD_ODD(0, w, 12) SPECDEC_LOAD_ODD(1, w, 13) SPECDEC_LOAD_ODD(2, w, 14) SPECDEC_4_ROWS_OF_3(x1)
+
+// The sums over the lanes of four registers, as sum4; then to y, which has a row of kRowStride for each output.
+#define SPECDEC_PAIRS(s0, s1, to) "vshufps $0x88, %%ymm" #s1 ", %%ymm" #s0 ", %%ymm15\n\t" \
+  "vshufps $0xdd, %%ymm" #s1 ", %%ymm" #s0 ", %%ymm" #to "\n\t" "vaddps %%ymm" #to ", %%ymm15, %%ymm" #to "\n\t"
+#define SPECDEC_SUM4(s0, s1, s2, s3) SPECDEC_PAIRS(s0, s1, 12) SPECDEC_PAIRS(s2, s3, 13) SPECDEC_PAIRS(12, 13, 12) \
+  "vextractf128 $1, %%ymm12, %%xmm13\n\t" "vaddps %%xmm13, %%xmm12, %%xmm12\n\t"
+#define SPECDEC_PUT(move, m, n) move "%%xmm12, 400*" #m "+4*" #n "(%[y])\n\t"
+#define SPECDEC_4_ROWS_SUM(m, s0, s1, s2, s3) SPECDEC_SUM4(s0, s1, s2, s3) SPECDEC_PUT("vmovups ", m, 0)
+// Three rows are written as four: what follows is another group's, whose turn comes later, or nobody's.
+#define SPECDEC_SUM_3X3 SPECDEC_4_ROWS_SUM(0, 0, 3, 6, 6) SPECDEC_4_ROWS_SUM(1, 1, 4, 7, 7) SPECDEC_4_ROWS_SUM(2, 2, 5, 8, 8)
+#define SPECDEC_SUM_3X4 SPECDEC_4_ROWS_SUM(0, 0, 3, 6, 9) SPECDEC_4_ROWS_SUM(1, 1, 4, 7, 10) SPECDEC_4_ROWS_SUM(2, 2, 5, 8, 11)
+#define SPECDEC_SUM_2X4 SPECDEC_4_ROWS_SUM(0, 0, 2, 4, 6) SPECDEC_4_ROWS_SUM(1, 1, 3, 5, 7)
+#define SPECDEC_SUM_2X5 SPECDEC_SUM_2X4 SPECDEC_SUM4(8, 9, 8, 9) SPECDEC_PUT("vmovss ", 0, 4) SPECDEC_PUT("vextractps $1, ", 1, 4)
+
+#define SPECDEC_CLEAR(s) "vxorps %%xmm" #s ", %%xmm" #s ", %%xmm" #s "\n\t"
+#define SPECDEC_CLEAR_8 SPECDEC_CLEAR(0) SPECDEC_CLEAR(1) SPECDEC_CLEAR(2) SPECDEC_CLEAR(3) \
+  SPECDEC_CLEAR(4) SPECDEC_CLEAR(5) SPECDEC_CLEAR(6) SPECDEC_CLEAR(7)
+#define SPECDEC_CLEAR_9 SPECDEC_CLEAR_8 SPECDEC_CLEAR(8)
+#define SPECDEC_CLEAR_10 SPECDEC_CLEAR_9 SPECDEC_CLEAR(9)
+#define SPECDEC_CLEAR_12 SPECDEC_CLEAR_10 SPECDEC_CLEAR(10) SPECDEC_CLEAR(11)
+#define SPECDEC_PREFETCH(at) "prefetcht0 " #at "(%[ahead])\n\t"
+#define SPECDEC_2_LINES SPECDEC_PREFETCH(0) SPECDEC_PREFETCH(64)
+#define SPECDEC_3_LINES SPECDEC_2_LINES SPECDEC_PREFETCH(128)
+#define SPECDEC_TOUCH(m) "vmovups (%[w" #m "]), %%ymm12\n\t"
+#define SPECDEC_TOUCH_2 SPECDEC_TOUCH(0) SPECDEC_TOUCH(1)
+#define SPECDEC_TOUCH_3 SPECDEC_TOUCH_2 SPECDEC_TOUCH(2)
+#define SPECDEC_3_X [x0] "r"(x), [x1] "r"(x + x_stride), [x2] "r"(x + 2 * x_stride)
+#define SPECDEC_4_X SPECDEC_3_X, [x3] "r"(x + 3 * x_stride)
+#define SPECDEC_5_X SPECDEC_4_X, [x4] "r"(x + 4 * x_stride)
+#define SPECDEC_2_W [w0] "r"(w[0]), [w1] "r"(w[1])
+#define SPECDEC_3_W SPECDEC_2_W, [w2] "r"(w[2])
+#define SPECDEC_TILE(MR, NR, SUMS) \
+  asm volatile(SPECDEC_TOUCH_##MR SPECDEC_CLEAR_##SUMS SPECDEC_MASK ".p2align 5\n1:\n\t" \
+               SPECDEC_##MR##_LINES "add %[share], %[ahead]\n\t" \
+               SPECDEC_##MR##X##NR(0, 0, 32) SPECDEC_##MR##X##NR(32, 64, 96) \
+               "add $64, %[i]\n\t" "cmp %[end], %[i]\n\t" "jl 1b\n\t" SPECDEC_SUM_##MR##X##NR "vzeroupper\n\t" \
+               : [i] "+r"(i), [ahead] "+r"(ahead.from) \
+               : SPECDEC_##MR##_W, SPECDEC_##NR##_X, [end] "r"(end), [share] "rm"(share), [y] "r"(y), \
+                 [mask] "m"(kOddHalves) \
+               : "memory", "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", \
+                 "xmm12", "xmm13", "xmm14", "xmm15")
+
 // 16 elements are one load: the even ones are its low halves, the odd ones its high halves.
 template <>
 struct Format<BFloat16> : Floats {
-  static constexpr int kStep = 2 * kLanes, kParts = 2;
+  static constexpr int kStep = 2 * kLanes, kParts = 2, kTileStep = 2 * kStep;
   template <int P>
   static SPECDEC_INLINE Vec part(const BFloat16* from) {
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -192,6 +285,18 @@ struct Format<BFloat16> : Floats {
     SPECDEC_UNROLL
     for (int m = 0; m < MR; ++m)
       asm volatile("vandps %1, %2, %0" : "=x"(to[m]) : "m"(*reinterpret_cast<const Bits*>(w[m] + k - (P == 0))), "x"(mask));
+  }
+  template <int MR, int NR>
+    requires((MR == 3 && (NR == 3 || NR == 4)) || (MR == 2 && (NR == 4 || NR == 5)))
+  static SPECDEC_INLINE void tile(const BFloat16* const (&w)[MR], const float* x, int64_t x_stride, int64_t in_features, float* y,
+                                  Ahead ahead) {
+    static_assert(kRowStride * sizeof(float) == 400);
+    int64_t i = 0;
+    const int64_t end = in_features * sizeof(BFloat16), share = ahead.bytes_a_step * (kTileStep / kStep);
+    if constexpr (MR == 3 && NR == 3) SPECDEC_TILE(3, 3, 9);
+    if constexpr (MR == 3 && NR == 4) SPECDEC_TILE(3, 4, 12);
+    if constexpr (MR == 2 && NR == 4) SPECDEC_TILE(2, 4, 8);
+    if constexpr (MR == 2 && NR == 5) SPECDEC_TILE(2, 5, 10);
   }
 };
 
@@ -213,6 +318,7 @@ using Quad = __m128;
 using avx2::add;
 using avx2::load4;
 using avx2::store4;
+using avx2::transpose;
 
 SPECDEC_INLINE Vec zero() { return _mm512_setzero_ps(); }
 
@@ -275,6 +381,7 @@ using avx512::load4;
 using avx512::Quad;
 using avx512::store4;
 using avx512::sum4;
+using avx512::transpose;
 using avx512::Vec;
 using avx512::zero;
 

@@ -1,16 +1,20 @@
 // The kernel, included once for each instruction set from inside that set's namespace (hence no guard and no includes; see
 // linear.cpp). The namespace provides
 //   Vec, zero(), sum4(a, b, c, d)   sums in float; the sums over the lanes of four of them, each by the same tree of additions
-//   Quad, add, load4, store4        four outputs in float, and from and to float and T
+//   Quad, add, load4, store4        four outputs in float, and from and to float and T; transpose(Quad[4])
 //   kTileOutputs, kTileRows         rows of weight and of x whose sums fit in registers beside the former's operands and one of x
 //   Format<T>                       kStep elements of T are kParts Operands: part<P>(elements); a row of x is kept as Packed:
 //                                   load(), store(); fma(weight, x, Vec). Where there is a faster way to part<P> of several
-//                                   rows, parts<P>(rows, k, operands), which may read the element before row + k
+//                                   rows, parts<P>(rows, k, operands), which may read the element before row + k. Where a whole
+//                                   tile is done better, for some shapes, tile<MR, NR>() as below, for a multiple of kTileStep features
 
 template <class T>
 constexpr bool kHasParts = requires(const T* const (&w)[1], typename Format<T>::Operand (&to)[1]) {
   Format<T>::template parts<0>(w, 0, to);
 };
+
+template <class T, int MR, int NR>
+constexpr bool kHasTile = requires(const T* const (&w)[MR]) { Format<T>::template tile<MR, NR>(w, nullptr, 0, 0, nullptr, Ahead{}); };
 
 // sums[n][m] += w[m][k .. k + kStep] * x[n][k .. k + kStep], part by part. kFirst: nothing before w[m] + k may be read.
 template <class T, int MR, int NR, bool kFirst, int P = 0>
@@ -48,16 +52,10 @@ SPECDEC_INLINE void reduce(const Vec (&sums)[NR][MR], float* to) {
   if constexpr (I + 4 <= kLast) reduce<MR, NR, I + 4>(sums, to);
 }
 
-// What a tile fetches into the cache meanwhile: its share of the weights of the next tile, which follow its own.
-struct Ahead {
-  const char* from;
-  int64_t bytes_a_step;
-};
-
-// y[n * kOutputs + m] = w[m] . x[n] for MR rows of weight and NR packed rows of x.
+// y[m * y_stride + n] = w[m] . x[n] for MR rows of weight and NR packed rows of x.
 template <class T, int MR, int NR>
 SPECDEC_NOINLINE void tile(const T* const (&w)[MR], const typename Format<T>::Packed* x, int64_t x_stride, int64_t in_features,
-                           float* y, Ahead ahead) {
+                           float* y, int64_t y_stride, Ahead ahead) {
   using F = Format<T>;
   constexpr int64_t kLines = (MR * F::kStep * sizeof(T) + kLine - 1) / kLine;
   Vec sums[NR][MR];
@@ -87,17 +85,20 @@ SPECDEC_NOINLINE void tile(const T* const (&w)[MR], const typename Format<T>::Pa
   float flat[(MR * NR + 3) / 4 * 4];
   reduce<MR, NR>(sums, flat);
   for (int n = 0; n < NR; ++n)
-    for (int m = 0; m < MR; ++m) y[n * kOutputs + m] = flat[n * MR + m];
+    for (int m = 0; m < MR; ++m) y[m * y_stride + n] = flat[n * MR + m];
 }
 
-// A tile of `rows` <= NR rows of x.
-template <class T, int MR, int NR>
+// A tile of `rows` <= NR rows of x; kMany: there are more rows than one tile's, so that products take longer than reading weights.
+template <class T, int MR, int NR, bool kMany>
 SPECDEC_INLINE void tile_of(int64_t rows, const T* const (&w)[MR], const typename Format<T>::Packed* x, int64_t x_stride,
                             int64_t in_features, float* y, Ahead ahead) {
   if constexpr (NR > 1) {
-    if (rows < NR) return tile_of<T, MR, NR - 1>(rows, w, x, x_stride, in_features, y, ahead);
+    if (rows < NR) return tile_of<T, MR, NR - 1, kMany>(rows, w, x, x_stride, in_features, y, ahead);
   }
-  tile<T, MR, NR>(w, x, x_stride, in_features, y, ahead);
+  if constexpr (kMany && kHasTile<T, MR, NR>) {
+    if (in_features % Format<T>::kTileStep == 0) return Format<T>::template tile<MR, NR>(w, x, x_stride, in_features, y, ahead);
+  }
+  tile<T, MR, NR>(w, x, x_stride, in_features, y, kRowStride, ahead);
 }
 
 template <class T>
@@ -107,7 +108,7 @@ int64_t packed_stride(const LinearArgs& args) {
 }
 
 // y[first_row : first_row + rows, out : out + count] for count <= kOutputs, MR outputs and up to NR rows at a time.
-template <class T, int MR, int NR>
+template <class T, int MR, int NR, bool kMany>
 void multiply_block(const LinearArgs& args, const void* packed, int64_t first_row, int64_t rows, int64_t out, int64_t count) {
   using F = Format<T>;
   const int64_t x_stride = packed_stride<T>(args), groups = (rows + NR - 1) / NR;
@@ -116,26 +117,45 @@ void multiply_block(const LinearArgs& args, const void* packed, int64_t first_ro
   const int64_t tile_bytes = MR * args.in_features * sizeof(T);
   const int64_t bytes_a_step = first_row == 0 ? MR * F::kStep * sizeof(T) / groups : 0;
 
-  float sums[kRowsOfBlock * kOutputs];
+  int64_t begins[kRowsOfBlock + 1];
+  for (int64_t group = 0; group <= groups; ++group) begins[group] = rows * group / groups;
+  const int64_t share = tile_bytes / groups;
+  float sums[kOutputs * kRowStride];  // [output, row]; of a single row [output]
   for (int64_t done = 0; done < count; done += MR) {
     const T* w[MR];
     for (int m = 0; m < MR; ++m)  // past the last row: the last again, not stored
       w[m] = weight + std::min(done + m, count - 1) * args.in_features;
     const char* next = reinterpret_cast<const char*>(w[0]) + tile_bytes;
+    if constexpr (NR == 1) {
+      tile<T, MR, 1>(w, x, x_stride, args.in_features, sums + done, 1, {next, bytes_a_step});
+      continue;
+    }
     for (int64_t group = 0; group < groups; ++group) {
-      const int64_t begin = rows * group / groups, size = rows * (group + 1) / groups - begin;
-      const Ahead ahead = {next + group * (tile_bytes / groups), bytes_a_step};
-      tile_of<T, MR, NR>(size, w, x + begin * x_stride, x_stride, args.in_features, sums + begin * kOutputs + done, ahead);
+      const int64_t begin = begins[group];
+      tile_of<T, MR, NR, kMany>(begins[group + 1] - begin, w, x + begin * x_stride, x_stride, args.in_features,
+                                sums + done * kRowStride + begin, {next + group * share, bytes_a_step});
     }
   }
 
   float bias[kOutputs] = {};
   if (args.bias != nullptr)
     for (int64_t m = 0; m < count; ++m) bias[m] = float(static_cast<const T*>(args.bias)[out + m]);
-  for (int64_t n = 0; n < rows; ++n) {
-    T line[kOutputs];
-    for (int64_t m = 0; m < count; m += 4) store4(line + m, add(load4(sums + n * kOutputs + m), load4(bias + m)));
-    std::memcpy(static_cast<T*>(args.y) + (first_row + n) * args.out_features + out, line, count * sizeof(T));
+  for (int64_t n = 0; n < rows; n += 4) {
+    for (int64_t m = 0; m < count; m += 4) {
+      Quad quads[4];
+      if constexpr (NR == 1) {
+        quads[0] = load4(sums + m);
+      } else {
+        for (int i = 0; i < 4; ++i) quads[i] = load4(sums + (m + i) * kRowStride + n);
+        transpose(quads);
+      }
+      for (int64_t i = 0; i < std::min<int64_t>(4, rows - n); ++i) {
+        T* y = static_cast<T*>(args.y) + (first_row + n + i) * args.out_features + out + m;
+        T line[4];
+        store4(m + 4 <= count ? y : line, add(quads[i], load4(bias + m)));
+        if (m + 4 > count) std::memcpy(y, line, (count - m) * sizeof(T));
+      }
+    }
   }
 }
 
@@ -148,12 +168,22 @@ void multiply(const LinearArgs& args, const void* packed, int64_t out_begin, int
   for (int64_t out = out_begin; out < out_end; out += kOutputs) {
     const int64_t count = std::min<int64_t>(kOutputs, out_end - out);
     if (args.rows == 1) {
-      multiply_block<T, 4, 1>(args, packed, 0, 1, out, count);
+      multiply_block<T, 4, 1, false>(args, packed, 0, 1, out, count);
+      continue;
+    }
+    if (args.rows <= kTileRows) {
+      multiply_block<T, kTileOutputs, kTileRows, false>(args, packed, 0, args.rows, out, count);
       continue;
     }
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = args.rows * block / blocks, rows = args.rows * (block + 1) / blocks - first;
-      multiply_block<T, kTileOutputs, kTileRows>(args, packed, first, rows, out, count);
+      if constexpr (kHasTile<T, 2, 5>) {
+        if (rows == 5 || rows == 9 || rows == 10) {
+          multiply_block<T, 2, 5, true>(args, packed, first, rows, out, count);
+          continue;
+        }
+      }
+      multiply_block<T, kTileOutputs, kTileRows, true>(args, packed, first, rows, out, count);
     }
   }
 }
