@@ -3,7 +3,8 @@
 The selection oracle knows the text. Out of all candidates that the sources proposed in a step (chosen or not) it takes the best
 tree of at most N nodes: the path that agrees with the text, and nothing else. It pays one forward of that many nodes and no host
 time. What no source proposed is out of its reach, and so is what lies below a candidate that was not chosen: nobody asked there.
-Worked example, the text goes on a b c; forwards of 1 to 4 nodes take 40 ms, of 8 nodes 50 ms; host time is 2 ms::
+With a cost model the builder stops asking where no larger tree can pay. The wide oracle is that of the same sources in the same
+step, had they been asked until N nodes were chosen, whatever these would cost. Worked example, the text goes on a b c; forwards of 1 to 4 nodes take 40 ms, of 8 nodes 50 ms; host time is 2 ms::
 
     root - a, x; a - y; five more nodes below x and y      the engine chose these 8 nodes: 2 tokens (a, b) in 52 ms, 38.5 a second
            a - (b)                                         b was proposed, not chosen
@@ -11,7 +12,7 @@ Worked example, the text goes on a b c; forwards of 1 to 4 nodes take 40 ms, of 
 
 The loss, 49 %, is what the speed gains when its causes go one by one: no host time (2 in 50 ms: 40.0, so host time cost 2 % of the
 oracle's speed), no rejected nodes (2 in 40 ms: 50.0, 13 %), no selection misses (3 in 40 ms: 75.0, 33 %). Sums of tokens and of
-seconds over the engine's own steps; the cost curve is frozen. Printed beside it: the true-token oracle (a drafter that always says
+seconds over the engine's own steps; the cost curve is frozen. Printed beside it: the wide oracle, the true-token oracle (a drafter that always says
 what comes: its gap to the selection oracle is draft misses) and the memory floor (the bytes that one forward of one node must read,
 at the measured bandwidth). The last stdout line is one JSON object.
 """
@@ -23,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -44,7 +45,7 @@ from .attention import measure_bounds
 from .record import Record, Recorder
 from .simulate import MODES, Replayed, Simulator
 
-__all__ = ["Ladder", "Step", "WatchedBestFirst", "climb", "floor_bytes", "proposed_path", "steps_of"]
+__all__ = ["Grown", "Ladder", "Step", "WatchedBestFirst", "climb", "floor_bytes", "proposed_path", "steps_of"]
 
 CAUSES = ("host time", "rejected nodes", "selection misses")
 
@@ -57,6 +58,7 @@ class Step:
     nodes: int
     context: int
     proposed: int  # tokens that the oracle emits, and nodes that it needs
+    wide: int  # and the wide oracle
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Ladder:
     without_host: float
     without_rejected: float
     oracle: float  # and without selection misses
+    wide: float  # and with sources that were asked at N nodes in every step
     true_tokens: float  # and without draft misses
 
     @property
@@ -80,17 +83,25 @@ class Ladder:
         return {cause: (above - below) / self.oracle for cause, below, above in zip(CAUSES, rungs, rungs[1:])}
 
 
+class Grown(NamedTuple):
+    """The trees of one step, before they are cut to the size that pays."""
+
+    own: DraftTree  # what the engine grows
+    wide: DraftTree  # what it would grow without a cost model
+
+
 class WatchedBestFirst(BestFirst):
-    """best_first, with the trees that it grew in `grown`, before they were cut to the size that pays."""
+    """best_first, with what it grew in `grown`."""
 
     def __init__(self, vocab_size: int, cost_model: CostModel | None = None) -> None:
         super().__init__(vocab_size, cost_model)
-        self.grown: list[DraftTree] = []
+        self.grown: list[Grown] = []
 
     def _build(self, seq: Sequence, budget: int, depth: int, costs: CostModel | None) -> DraftTree:
-        tree = super()._build(seq, budget, depth, None)  # the oracle chooses among all candidates
-        self.grown.append(tree)
-        return tree
+        own = super()._build(seq, budget, depth, costs)
+        wide = own if costs is None else super()._build(seq, budget, depth, None)  # growing a tree teaches nothing
+        self.grown.append(Grown(own, wide))
+        return own
 
 
 def proposed_path(tree: DraftTree, evidence: Evidence, future: Seq[int], most: int) -> int:
@@ -112,16 +123,18 @@ def proposed_path(tree: DraftTree, evidence: Evidence, future: Seq[int], most: i
     return min(len(future) + 1, most)
 
 
-def steps_of(replayed: Replayed, grown: Seq[DraftTree], most: int) -> list[Step]:
+def steps_of(replayed: Replayed, grown: Seq[Grown], most: int) -> list[Step]:
     """The steps of one replayed prompt; `grown` as in WatchedBestFirst, where the last step of a text may have drafted nothing."""
     steps, done = [], 0
     for number, emitted in enumerate(replayed.accept_lengths):
         future = replayed.token_ids[done:-1]  # a draft of the last token would emit one more than the text has
-        proposed = emitted
+        proposed = wide = emitted
         if number < len(grown):
-            draft: Any = grown[number].evidence
-            proposed = proposed_path(grown[number], draft.evidence, future, most)
-        steps.append(Step(emitted, replayed.tree_sizes[number], replayed.contexts[number], proposed))
+            own_draft: Any = grown[number].own.evidence
+            wide_draft: Any = grown[number].wide.evidence
+            proposed = proposed_path(grown[number].own, own_draft.evidence, future, most)
+            wide = max(proposed, proposed_path(grown[number].wide, wide_draft.evidence, future, most))
+        steps.append(Step(emitted, replayed.tree_sizes[number], replayed.contexts[number], proposed, wide))
         done += emitted
     return steps
 
@@ -133,13 +146,14 @@ def climb(steps: Seq[Step], costs: CostModel, host_seconds: float, most: int) ->
         return tokens / sum(costs.seconds(count, step.context) + host for count, step in zip(nodes, steps))
 
     chosen, accepted = [step.nodes for step in steps], [step.emitted for step in steps]
-    proposed = [step.proposed for step in steps]
+    proposed, wide = [step.proposed for step in steps], [step.wide for step in steps]
     emitted = sum(accepted)
     return Ladder(
         speed(emitted, chosen, host_seconds),
         speed(emitted, chosen),
         speed(emitted, accepted),
         speed(sum(proposed), proposed),
+        speed(sum(wide), wide),
         max(speed(size * len(steps), [size] * len(steps)) for size in range(1, most + 1)),
     )
 
@@ -180,12 +194,13 @@ def watch(record: Record, recorder: Recorder, costs: CostModel | None, budget: i
 
 
 def _table(title: str, ladders: dict[str, Ladder], steps: dict[str, list[Step]]) -> Table:
-    table = Table("group", "tokens a step", "tokens/s", "oracle", "share", *CAUSES, "true tokens", title=title)
+    table = Table("group", "tokens a step", "tokens/s", "oracle", "share", *CAUSES, "wide", "share", "true tokens", title=title)
     for group, ladder in ladders.items():
         rate = np.mean([step.emitted for step in steps[group]])
         losses = [f"{100 * loss:.1f} %" for loss in ladder.losses().values()]
         speeds = (f"{rate:.2f}", f"{ladder.engine:.1f}", f"{ladder.oracle:.1f}", f"{100 * ladder.share:.1f} %")
-        table.add_row(group, *speeds, *losses, f"{ladder.true_tokens:.0f}")
+        wide = (f"{ladder.wide:.1f}", f"{100 * ladder.engine / ladder.wide:.1f} %")
+        table.add_row(group, *speeds, *losses, *wide, f"{ladder.true_tokens:.0f}")
     return table
 
 

@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from bench.limits import Ladder, Step, WatchedBestFirst, climb, floor_bytes, main, proposed_path, steps_of
+from bench.limits import Grown, Ladder, Step, WatchedBestFirst, climb, floor_bytes, main, proposed_path, steps_of
 from bench.record import Prompt, Record, Recorder
 from bench.simulate import Replayed, Simulator
 from conftest import make_tiny_llama
@@ -85,19 +85,20 @@ def test_proposed_path_is_the_best_of_all_trees():
 def test_the_worked_example():
     """The numbers of the module's docstring."""
     costs = CostModel({(1, 1, 0): 0.040, (1, 4, 0): 0.040, (1, 8, 0): 0.050})
-    ladder = climb([Step(emitted=2, nodes=8, context=0, proposed=3)], costs, 0.002, 8)
+    ladder = climb([Step(emitted=2, nodes=8, context=0, proposed=3, wide=4)], costs, 0.002, 8)
     assert ladder.engine == pytest.approx(2 / 0.052)
     assert ladder.share == pytest.approx(0.513, abs=0.001)
     assert ladder.losses() == pytest.approx({"host time": 0.0205, "rejected nodes": 0.1333, "selection misses": 1 / 3}, abs=1e-4)
     assert ladder.share + sum(ladder.losses().values()) == pytest.approx(1)
+    assert ladder.wide == pytest.approx(4 / 0.040)
     assert ladder.true_tokens == pytest.approx(8 / 0.050)
-    assert climb([Step(2, 8, 0, 3)], costs, 0.002, 4).true_tokens == pytest.approx(4 / 0.040)
+    assert climb([Step(2, 8, 0, 3, 3)], costs, 0.002, 4).true_tokens == pytest.approx(4 / 0.040)
 
 
 def test_sums_over_steps_not_means_of_ratios():
     costs = CostModel({(1, 1, 0): 1.0, (1, 4, 0): 3.0})
-    ladder = climb([Step(1, 1, 0, 1), Step(3, 4, 0, 4)], costs, 0.0, 4)
-    assert ladder == Ladder(4 / 4, 4 / 4, 4 / 4, 5 / 4, 4 / 3)
+    ladder = climb([Step(1, 1, 0, 1, 2), Step(3, 4, 0, 4, 4)], costs, 0.0, 4)
+    assert ladder == Ladder(4 / 4, 4 / 4, 4 / 4, 5 / 4, 6 / 6, 4 / 3)
 
 
 def test_steps_follow_the_text():
@@ -106,13 +107,16 @@ def test_steps_follow_the_text():
     trees = [WORKED, DraftTree.from_paths(B, [[C, X, Y]])]
     for tree in trees:
         tree.evidence = type("Draft", (), {"evidence": with_candidates(len(tree), PROPOSED if tree is WORKED else {})})()
-    assert steps_of(replayed, trees, 8) == [Step(2, 4, 1, 3), Step(2, 4, 3, 3), Step(1, 1, 5, 1)]
+    grown = [Grown(trees[0].prefix(1), trees[0]), Grown(trees[1], trees[1])]
+    grown[0].own.evidence = trees[0].evidence
+    assert steps_of(replayed, grown, 8) == [Step(2, 4, 1, 2, 3), Step(2, 4, 3, 3, 3), Step(1, 1, 5, 1, 1)]
 
 
-@pytest.mark.parametrize("sized", [True, False], ids=["auto", "fixed"])
-def test_watching_changes_nothing(sized):
-    """The watched builder drafts as best_first does; the oracle is never behind the engine, and sees candidates it left out."""
-    costs = CostModel({(1, 1, 0): 0.04, (1, 4, 0): 0.045, (1, 16, 0): 0.06}) if sized else None
+@pytest.mark.parametrize("sixteen", [0.06, 0.4, None], ids=["cheap nodes", "dear nodes", "fixed"])
+def test_watching_changes_nothing(sixteen):
+    """The watched builder drafts as best_first does; the oracle is never behind the engine, and sees candidates it left out; the
+    wide one sees those that no source was asked for."""
+    costs = CostModel({(1, 1, 0): 0.04, (1, 4, 0): 0.04 + sixteen / 12, (1, 16, 0): sixteen}) if sixteen else None
     prompt = Prompt("p", "g", tuple(np.resize(np.arange(1, 9), 60).tolist()))
     record = Record([prompt], 32, (), VOCAB)
     recorder = Recorder(build("llama"), record)
@@ -122,8 +126,12 @@ def test_watching_changes_nothing(sized):
     assert (replayed.accept_lengths, replayed.tree_sizes) == (plain.accept_lengths, plain.tree_sizes)
     steps = steps_of(replayed, watched.grown, 16)
     assert sum(step.emitted for step in steps) == 32
-    assert all(step.emitted <= step.proposed <= 16 for step in steps)
+    assert all(step.emitted <= step.proposed <= step.wide <= 16 for step in steps)
     assert sum(step.proposed for step in steps) > 32
+    if sixteen is None:
+        assert all(step.proposed == step.wide for step in steps)
+    elif sixteen > 0.1:
+        assert sum(step.wide for step in steps) > sum(step.proposed for step in steps)
 
 
 def test_floor_bytes_by_hand():
