@@ -4,7 +4,8 @@ The selection oracle knows the text. Out of all candidates that the sources prop
 tree of at most N nodes: the path that agrees with the text, and nothing else. It pays one forward of that many nodes and no host
 time. What no source proposed is out of its reach, and so is what lies below a candidate that was not chosen: nobody asked there.
 With a cost model the builder stops asking where no larger tree can pay. The wide oracle is that of the same sources in the same
-step, had they been asked until N nodes were chosen, whatever these would cost. Worked example, the text goes on a b c; forwards of 1 to 4 nodes take 40 ms, of 8 nodes 50 ms; host time is 2 ms::
+step, had they been asked until N nodes were chosen, whatever these would cost. Worked example, the text goes on a b c; forwards of
+1 to 4 nodes take 40 ms, of 8 nodes 50 ms; host time is 2 ms::
 
     root - a, x; a - y; five more nodes below x and y      the engine chose these 8 nodes: 2 tokens (a, b) in 52 ms, 38.5 a second
            a - (b)                                         b was proposed, not chosen
@@ -12,9 +13,9 @@ step, had they been asked until N nodes were chosen, whatever these would cost. 
 
 The loss, 49 %, is what the speed gains when its causes go one by one: no host time (2 in 50 ms: 40.0, so host time cost 2 % of the
 oracle's speed), no rejected nodes (2 in 40 ms: 50.0, 13 %), no selection misses (3 in 40 ms: 75.0, 33 %). Sums of tokens and of
-seconds over the engine's own steps; the cost curve is frozen. Printed beside it: the wide oracle, the true-token oracle (a drafter that always says
-what comes: its gap to the selection oracle is draft misses) and the memory floor (the bytes that one forward of one node must read,
-at the measured bandwidth). The last stdout line is one JSON object.
+seconds over the engine's own steps; the cost curve is frozen. Printed beside it: the wide oracle, the true-token oracle (a drafter
+that always says what comes: its gap to the selection oracle is draft misses) and the memory floor (the bytes that one forward of
+one node must read, at the measured bandwidth). The last stdout line is one JSON object.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 //   kTileOutputs, kTileRows         rows of weight and of x whose sums fit in registers beside the former's operands and one of x
 //   Format<T>                       kStep elements of T are kParts Operands: part<P>(elements); a row of x is kept as Packed:
 //                                   load(), store(); fma(weight, x, Vec). Where there is a faster way to part<P> of several
-//                                   rows, parts<P>(rows, k, operands), which may read the element before row + k. Where a whole
-//                                   tile is done better, for some shapes, tile<MR, NR>() as below, for a multiple of kTileStep features
+//                                   rows, parts<P>(rows, k, operands), which may read the element before row + k. Where some
+//                                   shapes of tile are better done as a whole, tile<MR, NR>(), for a multiple of kTileStep
 
 template <class T>
 constexpr bool kHasParts = requires(const T* const (&w)[1], typename Format<T>::Operand (&to)[1]) {
@@ -177,7 +177,7 @@ void multiply(const LinearArgs& args, const void* packed, int64_t out_begin, int
     }
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = args.rows * block / blocks, rows = args.rows * (block + 1) / blocks - first;
-      if constexpr (kHasTile<T, 2, 5>) {
+      if constexpr (kHasTile<T, 2, 5>) {  // else in groups of two or three, which load more for a product
         if (rows == 5 || rows == 9 || rows == 10) {
           multiply_block<T, 2, 5, true>(args, packed, first, rows, out, count);
           continue;
