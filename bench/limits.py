@@ -131,10 +131,8 @@ def steps_of(replayed: Replayed, grown: Seq[Grown], most: int) -> list[Step]:
         future = replayed.token_ids[done:-1]  # a draft of the last token would emit one more than the text has
         proposed = wide = emitted
         if number < len(grown):
-            own_draft: Any = grown[number].own.evidence
-            wide_draft: Any = grown[number].wide.evidence
-            proposed = proposed_path(grown[number].own, own_draft.evidence, future, most)
-            wide = max(proposed, proposed_path(grown[number].wide, wide_draft.evidence, future, most))
+            drafts: list[tuple[DraftTree, Any]] = [(tree, tree.evidence) for tree in grown[number]]
+            proposed, wide = (proposed_path(tree, draft.evidence, future, most) for tree, draft in drafts)
         steps.append(Step(emitted, replayed.tree_sizes[number], replayed.contexts[number], proposed, wide))
         done += emitted
     return steps

@@ -88,15 +88,15 @@ SPECDEC_NOINLINE void tile(const T* const (&w)[MR], const typename Format<T>::Pa
     for (int m = 0; m < MR; ++m) y[m * y_stride + n] = flat[n * MR + m];
 }
 
-// A tile of `rows` <= NR rows of x; kMany: there are more rows than one tile's, so that products take longer than reading weights.
-template <class T, int MR, int NR, bool kMany>
-SPECDEC_INLINE void tile_of(int64_t rows, const T* const (&w)[MR], const typename Format<T>::Packed* x, int64_t x_stride,
+// A tile of `rows` <= NR rows of x; `many`: of so many that products take longer than reading the weights.
+template <class T, int MR, int NR>
+SPECDEC_INLINE void tile_of(int64_t rows, bool many, const T* const (&w)[MR], const typename Format<T>::Packed* x, int64_t x_stride,
                             int64_t in_features, float* y, Ahead ahead) {
   if constexpr (NR > 1) {
-    if (rows < NR) return tile_of<T, MR, NR - 1, kMany>(rows, w, x, x_stride, in_features, y, ahead);
+    if (rows < NR) return tile_of<T, MR, NR - 1>(rows, many, w, x, x_stride, in_features, y, ahead);
   }
-  if constexpr (kMany && kHasTile<T, MR, NR>) {
-    if (in_features % Format<T>::kTileStep == 0) return Format<T>::template tile<MR, NR>(w, x, x_stride, in_features, y, ahead);
+  if constexpr (kHasTile<T, MR, NR>) {
+    if (many && in_features % Format<T>::kTileStep == 0) return Format<T>::template tile<MR, NR>(w, x, x_stride, in_features, y, ahead);
   }
   tile<T, MR, NR>(w, x, x_stride, in_features, y, kRowStride, ahead);
 }
@@ -108,7 +108,7 @@ int64_t packed_stride(const LinearArgs& args) {
 }
 
 // y[first_row : first_row + rows, out : out + count] for count <= kOutputs, MR outputs and up to NR rows at a time.
-template <class T, int MR, int NR, bool kMany>
+template <class T, int MR, int NR>
 void multiply_block(const LinearArgs& args, const void* packed, int64_t first_row, int64_t rows, int64_t out, int64_t count) {
   using F = Format<T>;
   const int64_t x_stride = packed_stride<T>(args), groups = (rows + NR - 1) / NR;
@@ -132,8 +132,8 @@ void multiply_block(const LinearArgs& args, const void* packed, int64_t first_ro
     }
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t begin = begins[group];
-      tile_of<T, MR, NR, kMany>(begins[group + 1] - begin, w, x + begin * x_stride, x_stride, args.in_features,
-                                sums + done * kRowStride + begin, {next + group * share, bytes_a_step});
+      tile_of<T, MR, NR>(begins[group + 1] - begin, args.rows > kTileRows, w, x + begin * x_stride, x_stride, args.in_features,
+                         sums + done * kRowStride + begin, {next + group * share, bytes_a_step});
     }
   }
 
@@ -168,22 +168,18 @@ void multiply(const LinearArgs& args, const void* packed, int64_t out_begin, int
   for (int64_t out = out_begin; out < out_end; out += kOutputs) {
     const int64_t count = std::min<int64_t>(kOutputs, out_end - out);
     if (args.rows == 1) {
-      multiply_block<T, 4, 1, false>(args, packed, 0, 1, out, count);
-      continue;
-    }
-    if (args.rows <= kTileRows) {
-      multiply_block<T, kTileOutputs, kTileRows, false>(args, packed, 0, args.rows, out, count);
+      multiply_block<T, 4, 1>(args, packed, 0, 1, out, count);
       continue;
     }
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = args.rows * block / blocks, rows = args.rows * (block + 1) / blocks - first;
       if constexpr (kHasTile<T, 2, 5>) {  // else in groups of two or three, which load more for a product
         if (rows == 5 || rows == 9 || rows == 10) {
-          multiply_block<T, 2, 5, true>(args, packed, first, rows, out, count);
+          multiply_block<T, 2, 5>(args, packed, first, rows, out, count);
           continue;
         }
       }
-      multiply_block<T, kTileOutputs, kTileRows, true>(args, packed, first, rows, out, count);
+      multiply_block<T, kTileOutputs, kTileRows>(args, packed, first, rows, out, count);
     }
   }
 }
